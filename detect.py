@@ -1,0 +1,254 @@
+"""Finds objects in images and videos.
+
+Usage:
+    python detect.py --weights runs/train/exp/weights/best.pt --source image.jpg
+    python detect.py --weights best.onnx --source 'folder/*.jpg' --save-txt --classes 0 2
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.backend import load_backend
+from utils.boxes import scale_boxes
+from utils.devices import select_device
+from utils.errors import UserError
+from utils.images import letterbox, write_image
+from utils.log import LOGGER
+from utils.nms import non_max_suppression
+from utils.paths import ROOT, increment_path
+from utils.plots import Annotator, class_color
+from utils.results import label_name, newest_weights, save_text
+from utils.sources import Frame, Sources
+from utils.timing import Stopwatch
+
+CROP_MARGIN = 1.02, 10  # a cropped object keeps a little of its surroundings: factor and pixels
+
+
+def image_to_tensor(image: np.ndarray, size: tuple[int, int], stride: int, auto: bool, device: torch.device) -> Tensor:
+    """BGR uint8 (h, w, 3) -> letterboxed RGB float32 (1, 3, H, W) in 0..1; with ``auto`` only padded to the stride."""
+    boxed, _ratio, _padding = letterbox(image, size, auto=auto, stride=stride)
+    planes = np.ascontiguousarray(boxed[..., ::-1].transpose(2, 0, 1))
+    return torch.from_numpy(planes).to(device).float()[None] / 255
+
+
+class Writer:
+    """Writes what was found: pictures, videos, label files, crops and a table, as the options ask."""
+
+    def __init__(self, folder: Path, names: Mapping[int, str], options: argparse.Namespace) -> None:
+        self.folder, self.names, self.options = folder, names, options
+        self.video: cv2.VideoWriter | None = None
+        self.video_file: Path | None = None
+        self.table: list[tuple[str, str, str]] = []
+        if options.save_txt:
+            (folder / "labels").mkdir(parents=True, exist_ok=True)
+
+    def add(self, frame: Frame, detections: Tensor) -> None:
+        """Takes one frame and its detections (n, 6) x1, y1, x2, y2, confidence, class in the frame's pixels."""
+        options = self.options
+        suffix = f"_{frame.index}" if frame.is_video else ""
+        if options.save_txt:
+            layout = "corners" if options.save_format else "normalised"
+            labels = self.folder / "labels"
+            save_text(labels, frame.path, detections, frame.image.shape, options.save_conf, suffix, layout)
+        if options.save_csv:
+            self.table += [
+                (frame.path.name, self.names[int(label)], f"{score:.2f}")
+                for score, label in detections[:, 4:6].tolist()
+            ]
+        if options.save_crop:
+            self._crop(frame, detections)
+        if options.nosave and not options.view_img:
+            return
+        drawn = self._draw(frame.image, detections)
+        if options.view_img:
+            _show(frame, drawn)
+        if not options.nosave:
+            self._save(frame, drawn)
+
+    def close(self) -> None:
+        """Finishes the last video and writes the table."""
+        self._finish_video()
+        if self.options.save_csv:
+            with open(self.folder / "predictions.csv", "w", newline="", encoding="utf-8") as stream:
+                csv.writer(stream).writerows([("Image Name", "Prediction", "Confidence"), *self.table])
+
+    def _draw(self, image: np.ndarray, detections: Tensor) -> np.ndarray:
+        annotator = Annotator(image.copy(), self.options.line_thickness)
+        # The most confident last, so that its caption lies on top.
+        for *corners, score, label in reversed(detections.tolist()):
+            name = self.names[int(label)]
+            caption = name if self.options.hide_conf else f"{name} {score:.2f}"
+            annotator.box(corners, "" if self.options.hide_labels else caption, class_color(int(label)))
+        return annotator.image
+
+    def _crop(self, frame: Frame, detections: Tensor) -> None:
+        gain, margin = CROP_MARGIN
+        height, width = frame.image.shape[:2]
+        for number, (left, top, right, bottom, _score, label) in enumerate(detections.tolist(), 1):
+            extra_x, extra_y = ((right - left) * (gain - 1) + margin) / 2, ((bottom - top) * (gain - 1) + margin) / 2
+            rows = slice(int(max(top - extra_y, 0)), int(min(bottom + extra_y, height)) or 1)
+            columns = slice(int(max(left - extra_x, 0)), int(min(right + extra_x, width)) or 1)
+            name = "".join(c if c.isalnum() or c in " -_" else "_" for c in self.names[int(label)])
+            folder = self.folder / "crops" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            place = f"_{frame.index}" if frame.is_video else ""
+            write_image(folder / f"{frame.path.stem}{place}_{number}.jpg", frame.image[rows, columns])
+
+    def _save(self, frame: Frame, drawn: np.ndarray) -> None:
+        if not frame.is_video:
+            write_image(self.folder / frame.path.name, drawn)
+            return
+        file = (self.folder / frame.path.name).with_suffix(".mp4")
+        if file != self.video_file:
+            self._finish_video()
+            height, width = drawn.shape[:2]
+            rate = frame.fps / self.options.vid_stride
+            self.video = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*"mp4v"), rate, (width, height))
+            if not self.video.isOpened():
+                raise UserError(f"{file}: OpenCV cannot write this video; use --nosave with --save-txt")
+            self.video_file = file
+        self.video.write(drawn)
+
+    def _finish_video(self) -> None:
+        if self.video is not None:
+            self.video.release()
+        self.video = self.video_file = None
+
+
+def _show(frame: Frame, drawn: np.ndarray) -> None:
+    try:
+        cv2.imshow(frame.path.name, drawn)
+        cv2.waitKey(1)
+    except cv2.error as error:
+        raise UserError("--view-img: this OpenCV has no windows (opencv-python-headless, or no display)") from error
+
+
+def summary(detections: Tensor, names: Mapping[int, str]) -> str:
+    """Counts by class for the log, such as '2 persons, 1 bus'."""
+    labels, counts = detections[:, 5].long().unique(return_counts=True)
+    pairs = zip(labels.tolist(), counts.tolist(), strict=True)
+    return ", ".join(f"{count} {names[label]}{'s' * (count > 1)}" for label, count in pairs) or "(no detections)"
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line; abbreviations such as --conf and --iou are allowed."""
+    parser = argparse.ArgumentParser(description="Find objects in images and videos.")
+    parser.add_argument("--weights", nargs="+", default=None, help=".pt or .onnx; the newest best.pt of runs/train")
+    parser.add_argument("--source", default=str(ROOT / "data" / "images"), help="file, folder, pattern or list (.txt)")
+    parser.add_argument("--data", default=None, help="dataset YAML: class names for files that carry none")
+    parser.add_argument("--imgsz", "--img", "--img-size", nargs="+", type=int, default=[640], help="height, width")
+    parser.add_argument("--conf-thres", type=float, default=0.25, help="confidence threshold")
+    parser.add_argument("--iou-thres", type=float, default=0.45, help="IoU threshold of the suppression")
+    parser.add_argument("--max-det", type=int, default=1000, help="detections kept per image")
+    parser.add_argument("--device", default="", help="cuda device, such as 0, or cpu")
+    parser.add_argument("--view-img", action="store_true", help="show results in a window")
+    parser.add_argument("--save-txt", action="store_true", help="write detections as label files")
+    parser.add_argument("--save-format", type=int, default=0, choices=(0, 1), help="of them: 0 YOLO, 1 pixel corners")
+    parser.add_argument("--save-csv", action="store_true", help="write one table of all detections")
+    parser.add_argument("--save-conf", action="store_true", help="add confidences to the label files")
+    parser.add_argument("--save-crop", action="store_true", help="write every object found as a picture of its own")
+    parser.add_argument("--nosave", action="store_true", help="write no pictures or videos")
+    parser.add_argument("--classes", nargs="+", type=int, default=None, help="keep these classes: --classes 0 2 3")
+    parser.add_argument("--agnostic-nms", action="store_true", help="boxes suppress each other across classes")
+    parser.add_argument("--project", default=str(ROOT / "runs" / "detect"), help="results go to project/name")
+    parser.add_argument("--name", default="exp")
+    parser.add_argument("--exist-ok", action="store_true", help="write into an existing project/name")
+    parser.add_argument("--line-thickness", type=int, default=3, help="of the boxes, in pixels")
+    parser.add_argument("--hide-labels", action="store_true", help="draw boxes without captions")
+    parser.add_argument("--hide-conf", action="store_true", help="draw captions without confidences")
+    parser.add_argument("--half", action="store_true", help="16-bit floats, on CUDA only")
+    parser.add_argument("--vid-stride", type=int, default=1, help="take every so many frames of a video")
+    return parser.parse_args(arguments)
+
+
+def _input_size(options: argparse.Namespace, backend: object) -> tuple[int, int]:
+    if backend.fixed_size:
+        return tuple(backend.fixed_size)
+    if len(options.imgsz) > 2 or min(options.imgsz) < 1:
+        raise UserError(f"--imgsz {' '.join(map(str, options.imgsz))}: give one number, or height and width")
+    height, width = options.imgsz if len(options.imgsz) == 2 else options.imgsz * 2
+    stride = int(backend.stride)
+    rounded = -(-height // stride) * stride, -(-width // stride) * stride
+    if rounded != (height, width):
+        LOGGER.warning(f"--imgsz {height} {width} is no multiple of the stride {stride}: {rounded} is used")
+    return rounded
+
+
+def _check(options: argparse.Namespace, names: Mapping[int, str]) -> None:
+    for flag, value in (("--conf-thres", options.conf_thres), ("--iou-thres", options.iou_thres)):
+        if not 0 <= value <= 1:
+            raise UserError(f"{flag} {value}: must lie between 0 and 1")
+    unknown = [label for label in options.classes or () if label not in names]
+    if unknown:
+        raise UserError(f"--classes {unknown[0]}: the model has classes 0 to {max(names)}")
+
+
+@torch.no_grad()
+def run(options: argparse.Namespace) -> Path:
+    """Does what the command line asks for and returns the folder of the results."""
+    files = options.weights or [newest_weights()]
+    if len(files) > 1:
+        raise UserError(f"--weights: {len(files)} files; detect.py runs one (ensembles are not built)")
+    sources = Sources(options.source, options.vid_stride)
+    device = select_device(options.device)
+    backend = load_backend(files[0], device, data=options.data, half=options.half and device.type == "cuda")
+    names = {label: label_name(backend.names, label) for label in range(backend.nc)}
+    _check(options, names)
+    size = _input_size(options, backend)
+    folder = increment_path(Path(options.project) / options.name, exist_ok=options.exist_ok, make=True)
+    writer = Writer(folder, names, options)
+    watches = [Stopwatch(device) for _ in range(3)]
+    files_seen: dict[Path, None] = {}
+    frames = 0
+    for frame in sources:
+        with watches[0]:
+            images = image_to_tensor(frame.image, size, int(backend.stride), backend.is_pt, device)
+        before = watches[1].total
+        with watches[1]:
+            batch = images.expand(backend.fixed_batch or 1, -1, -1, -1).contiguous()
+            outcome = backend(batch)
+            decoded = (outcome[0] if isinstance(outcome, tuple | list) else outcome)[:1]
+        with watches[2]:
+            found = non_max_suppression(
+                decoded, options.conf_thres, options.iou_thres, options.classes, options.agnostic_nms,
+                max_detections=options.max_det,
+            )[0].cpu()  # fmt: skip
+        found[:, :4] = scale_boxes(images.shape[2:], found[:, :4], frame.image.shape)
+        writer.add(frame, found)
+        frames += 1
+        files_seen[frame.path] = None
+        place = f" ({frame.index + 1}/{frame.count})" if frame.is_video else ""
+        height, width = images.shape[2:]
+        LOGGER.info(
+            f"{'video' if frame.is_video else 'image'} {len(files_seen)}/{len(sources)}{place} {frame.path}: "
+            f"{height}x{width} {summary(found, names)}, {(watches[1].total - before) * 1e3:.1f}ms"
+        )
+    writer.close()
+    each = [watch.total / max(frames, 1) * 1e3 for watch in watches]
+    LOGGER.info("Speed: %.1fms pre-process, %.1fms inference, %.1fms NMS per image at shape %s", *each, (1, 3, *size))
+    labels = f", {len(list((folder / 'labels').glob('*.txt')))} label files in {folder / 'labels'}"
+    LOGGER.info(f"Results saved to {folder}{labels if options.save_txt else ''}")
+    return folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    options = parse_options(arguments)
+    try:
+        run(options)
+    except UserError as error:
+        LOGGER.error(f"detect.py: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

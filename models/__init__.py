@@ -1,0 +1,1 @@
+"""The YOLOv5 network family, built from model YAMLs."""

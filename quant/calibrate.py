@@ -1,0 +1,68 @@
+"""First ranges from data: weights from themselves, activations from what they are on calibration images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from quant.gabfusion import calibrate_fusion
+from quant.layers import QuantConv2d
+from quant.prepare import quantizers, set_enabled
+from quant.quantizer import Quantizer
+from quant.ranges import SAMPLE_LIMIT
+
+
+class _Sampler:
+    """Collects an evenly spaced sample of a quantizer's inputs, and their extremes, over all batches."""
+
+    def __init__(self, batches: int) -> None:
+        self.share = max(SAMPLE_LIMIT // max(batches, 1), 256)
+        self.parts: list[Tensor] = []
+
+    def __call__(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        values = inputs[0].detach().float().reshape(-1)
+        stride = max(values.numel() // self.share, 1)
+        # An odd stride, so that the sample does not stand on the same column of every row or channel of every pixel.
+        self.parts += [values[:: stride | 1], values.min().reshape(1), values.max().reshape(1)]
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: list[Tensor]) -> None:
+    """Initialises every quantizer of a prepared model, and GABFusion's constants.
+
+    Args:
+        model: from ``quant.prepare.prepare``.
+        batches: images (B, 3, H, W) as floats 0 to 1, letterboxed as in validation.
+
+    Raises:
+        ValueError: no images, or values that are not finite (the message names the layer).
+    """
+    if not batches:
+        raise ValueError("calibration needs at least one batch of images")
+    was_training = model.training
+    model.eval()
+    weight_quantizers = set()
+    for name, module in model.named_modules():
+        if isinstance(module, QuantConv2d):
+            _initialise(module.weight_quantizer, module.weight, f"{name}.weight")
+            weight_quantizers.add(module.weight_quantizer)
+    inputs = {name: q for name, q in quantizers(model).items() if q not in weight_quantizers}
+    samplers = {name: _Sampler(len(batches)) for name in inputs}
+    handles = [quantizer.register_forward_pre_hook(samplers[name]) for name, quantizer in inputs.items()]
+    set_enabled(model, False)
+    try:
+        calibrate_fusion(model, batches)
+    finally:
+        for handle in handles:
+            handle.remove()
+        set_enabled(model, True)
+    for name, quantizer in inputs.items():
+        _initialise(quantizer, torch.cat(samplers[name].parts), name)
+    model.train(was_training)
+
+
+def _initialise(quantizer: Quantizer, values: Tensor, name: str) -> None:
+    try:
+        quantizer.initialise(values)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None

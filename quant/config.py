@@ -1,0 +1,344 @@
+"""The quantization configuration: dataclasses, their YAML form, and the merging of flags, recipe and model YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from utils.errors import UserError
+
+BITS = tuple(range(2, 9))
+
+
+def _choice(where: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        raise UserError(f"{where}: {value!r} is not possible; choose one of {', '.join(str(a) for a in allowed)}")
+
+
+def _number(where: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise UserError(f"{where}: {value!r} is not a number from {low:g} to {high:g}")
+
+
+@dataclass
+class WeightConfig:
+    """How weights are quantized: always symmetric, on the narrow grid ``+-(2**(bits-1) - 1)``."""
+
+    bits: int = 4
+    granularity: str = "channel"
+
+    def validate(self, where: str) -> None:
+        _choice(f"{where}.bits", self.bits, BITS)
+        _choice(f"{where}.granularity", self.granularity, ("channel", "tensor"))
+
+
+@dataclass
+class ActivationConfig:
+    """How the inputs of convolutions are quantized.
+
+    ``affine`` learns an integer zero point, ``unsigned`` is the papers' grid (negative values become 0), ``signed`` has
+    its zero point fixed at 0.
+    """
+
+    bits: int = 4
+    scheme: str = "affine"
+
+    def validate(self, where: str) -> None:
+        _choice(f"{where}.bits", self.bits, BITS)
+        _choice(f"{where}.scheme", self.scheme, ("affine", "unsigned", "signed"))
+
+
+@dataclass
+class CalibrationConfig:
+    """First ranges: a search for the smallest mean squared error over ``images`` training images."""
+
+    images: int = 64
+
+    def validate(self, where: str) -> None:
+        _number(f"{where}.images", self.images, 1, 100000)
+
+
+@dataclass
+class FusionConfig:
+    """GABFusion at the Concats of the neck (arXiv 2511.05898); see ``quant.gabfusion``.
+
+    Attributes:
+        enabled: insert it.
+        balance: ``learnable`` trains the branch weights, ``feedback`` moves them by gradient energies, ``fixed`` keeps
+            them at 1.
+        fold: ``anneal`` fades the normalisation out during training, ``finetune`` replaces its statistics by constants
+            and trains a little more, ``keep`` leaves it in the exported graph.
+        paper: the paper's form (no factor K, no calibrated scale, no ramp), for comparison.
+        ramp, hold, release: shares of the quantized epochs at which the strength has reached 1, starts to fall, is 0.
+        beta, eta, epsilon: moving average, gain and floor of the feedback law (ours: the paper gives none).
+        learning_rate: factor on the learning rate for the branch weights under ``learnable``.
+    """
+
+    enabled: bool = False
+    balance: str = "learnable"
+    fold: str = "anneal"
+    paper: bool = False
+    ramp: float = 0.05
+    hold: float = 0.5
+    release: float = 0.9
+    beta: float = 0.1
+    eta: float = 0.01
+    epsilon: float = 1e-12
+    learning_rate: float = 1.0
+
+    def validate(self, where: str) -> None:
+        _choice(f"{where}.balance", self.balance, ("learnable", "feedback", "fixed"))
+        _choice(f"{where}.fold", self.fold, ("anneal", "finetune", "keep"))
+        if self.paper and self.fold == "anneal":
+            raise UserError(f"{where}: paper: true has no ramp to anneal; set {where}.fold to finetune or keep")
+        for name in ("ramp", "hold", "release", "beta"):
+            _number(f"{where}.{name}", getattr(self, name), 0, 1)
+        if not self.ramp <= self.hold <= self.release:
+            raise UserError(f"{where}: ramp <= hold <= release must hold, not {self.ramp}, {self.hold}, {self.release}")
+        for name in ("eta", "epsilon", "learning_rate"):
+            _number(f"{where}.{name}", getattr(self, name), 0, 1000)
+
+
+@dataclass
+class DistillationConfig:
+    """ADA: attention maps of the quantized network drawn to those of the frozen float teacher; see ``quant.ada``.
+
+    ``divergence: auto`` takes kl for LSQ and PACT, js for N2UQ and DSQ. ``layers`` are model layer indices; None takes
+    those that feed Detect. ``saliency_gamma`` weighs the quantization error under ``attention: qaware``.
+    """
+
+    enabled: bool = False
+    attention: str = "simam"
+    divergence: str = "auto"
+    normalisation: str = "softmax"
+    temperature: float = 1.0
+    weight: float = 1.0
+    quantized: bool = False
+    saliency_gamma: float = 1.0
+    layers: list[int] | None = None
+
+    def validate(self, where: str) -> None:
+        _choice(f"{where}.attention", self.attention, ("simam", "qaware"))
+        _choice(f"{where}.divergence", self.divergence, ("auto", "js", "kl"))
+        _choice(f"{where}.normalisation", self.normalisation, ("softmax", "l1"))
+        _number(f"{where}.temperature", self.temperature, 1e-3, 1e3)
+        _number(f"{where}.weight", self.weight, 0, 1e6)
+        _number(f"{where}.saliency_gamma", self.saliency_gamma, 0, 1e3)
+        if self.layers is not None and not (
+            isinstance(self.layers, list) and all(isinstance(index, int) for index in self.layers)
+        ):
+            raise UserError(f"{where}.layers: {self.layers!r} is not a list of layer numbers")
+
+
+@dataclass
+class LayerOverride:
+    """Bits of the convolutions whose name a regular expression matches."""
+
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+
+    def validate(self, where: str) -> None:
+        for name in ("weight_bits", "activation_bits"):
+            if getattr(self, name) is not None:
+                _choice(f"{where}.{name}", getattr(self, name), BITS)
+
+
+@dataclass
+class QuantConfig:
+    """Everything that fixes a quantized network's training graph.
+
+    Attributes:
+        method: name in ``quant.registry``.
+        weight, activation: grids of all convolutions but the first and Detect's last.
+        first_layer_bits, detect_bits: weight and input bits of those (the image itself is always 8 bit).
+        layers: regular expression (full match of a convolution's module name) -> ``LayerOverride``.
+        calibration, gabfusion, ada: see their classes.
+    """
+
+    method: str = "lsq"
+    weight: WeightConfig = field(default_factory=WeightConfig)
+    activation: ActivationConfig = field(default_factory=ActivationConfig)
+    first_layer_bits: int = 8
+    detect_bits: int = 8
+    layers: dict[str, LayerOverride] = field(default_factory=dict)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    gabfusion: FusionConfig = field(default_factory=FusionConfig)
+    ada: DistillationConfig = field(default_factory=DistillationConfig)
+
+    def validate(self, where: str = "recipe") -> None:
+        """Raises UserError naming the key of the first impossible value."""
+        from quant.registry import QUANTIZERS
+
+        _choice(f"{where}: method", self.method, tuple(QUANTIZERS))
+        _choice(f"{where}: first_layer_bits", self.first_layer_bits, BITS)
+        _choice(f"{where}: detect_bits", self.detect_bits, BITS)
+        for name in ("weight", "activation", "calibration", "gabfusion", "ada"):
+            getattr(self, name).validate(f"{where}: {name}")
+        for pattern, override in self.layers.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"{where}: layers: {pattern!r} is not a regular expression ({error})") from None
+            override.validate(f"{where}: layers: {pattern}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python, as it goes into YAML files and checkpoints."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "recipe") -> QuantConfig:
+        """Builds and validates a configuration.
+
+        Args:
+            values: nested plain dict; missing keys keep their defaults.
+            where: file name for error messages.
+
+        Raises:
+            UserError: unknown key (with the nearest known one), wrong type or impossible value.
+        """
+        config = _from_dict(cls, values, where, "")
+        config.validate(where)
+        return config
+
+    def resolved_divergence(self) -> str:
+        """``ada.divergence`` with ``auto`` replaced: kl suits PACT and LSQ, js DSQ and N2UQ."""
+        if self.ada.divergence != "auto":
+            return self.ada.divergence
+        return "js" if self.method in ("n2uq", "dsq") else "kl"
+
+
+def _from_dict(cls: type, values: Any, where: str, path: str) -> Any:
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: {path or 'the file'} must be a mapping of keys to values, not {values!r}")
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    arguments = {}
+    for key, value in values.items():
+        full = f"{path}.{key}" if path else str(key)
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+            raise UserError(f"{where}: unknown key {full!r}; {hint}")
+        default = known[key].default_factory() if known[key].default is dataclasses.MISSING else known[key].default
+        if dataclasses.is_dataclass(default):
+            value = _from_dict(type(default), _block(value, full), where, full)
+        elif full == "layers":
+            value = {
+                str(pattern): _from_dict(LayerOverride, override, where, f"layers.{pattern}")
+                for pattern, override in (value or {}).items()
+            }
+        elif isinstance(default, bool) and not isinstance(value, bool):
+            raise UserError(f"{where}: {full}: {value!r} is not true or false")
+        elif isinstance(default, float) and isinstance(value, str):
+            value = _float_from_text(value, where, full)  # YAML 1.1 reads 1e-3 as text
+        arguments[key] = value
+    return cls(**arguments)
+
+
+def _block(value: Any, path: str) -> Any:
+    """Lets ``gabfusion`` and ``ada`` be switched by one word: true, false or their main option."""
+    if path == "gabfusion" and not isinstance(value, dict):
+        return {"enabled": value} if isinstance(value, bool) else {"enabled": True, "balance": value}
+    if path == "ada" and not isinstance(value, dict):
+        return {"enabled": value} if isinstance(value, bool) else {"enabled": True, "divergence": value}
+    if path in ("gabfusion", "ada"):
+        return {"enabled": True, **value}
+    return value
+
+
+def _float_from_text(text: str, where: str, path: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{where}: {path}: {text!r} is not a number") from None
+
+
+def parse_bits(text: str | int) -> tuple[int, int]:
+    """Weight and activation bits from ``4`` or ``w4a8``.
+
+    Raises:
+        UserError: another form, or bits outside 2..8.
+    """
+    match = re.fullmatch(r"(\d+)|[wW](\d+)[aA](\d+)", str(text).strip())
+    if not match:
+        raise UserError(f"--bits {text}: write one number (4) or weights and activations (w4a8)")
+    weight, activation = (match[1], match[1]) if match[1] else (match[2], match[3])
+    for bits in (int(weight), int(activation)):
+        _choice(f"--bits {text}", bits, BITS)
+    return int(weight), int(activation)
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes`` laid over it, mapping by mapping; neither argument is altered."""
+    merged = dict(base)
+    for key, value in changes.items():
+        merged[key] = merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+    return merged
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """A recipe YAML as a dict; bare names are looked up in ``quant/recipes``.
+
+    Raises:
+        UserError: missing or malformed file.
+    """
+    given = Path(path)
+    here = Path(__file__).parent / "recipes"
+    for candidate in (given, here / given, here / f"{given}.yaml"):
+        if candidate.is_file():
+            try:
+                values = yaml.safe_load(candidate.read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise UserError(f"{candidate}: not a YAML file ({error})") from None
+            return values or {}
+    names = ", ".join(sorted(p.name for p in here.glob("*.yaml"))) or "none"
+    raise UserError(f"--recipe {path}: no such file; recipes that come along: {names}")
+
+
+def build_config(
+    method: str | None = None,
+    bits: str | int | None = None,
+    gabfusion: str | bool | None = None,
+    ada: str | bool | None = None,
+    recipe: str | Path | None = None,
+    model_yaml: dict[str, Any] | None = None,
+) -> QuantConfig:
+    """Merges flags over the recipe over the model YAML's ``gabfusion:`` key over the defaults.
+
+    Args:
+        method: ``--quant``.
+        bits: ``--bits``.
+        gabfusion: ``--gabfusion``: True, a balance mode, or None when the flag was not given.
+        ada: ``--ada``: True, a divergence, or None.
+        recipe: ``--recipe``.
+        model_yaml: the model's YAML as a dict.
+
+    Raises:
+        UserError: unknown key or impossible value, naming its origin.
+    """
+    values = QuantConfig().to_dict()
+    if model_yaml and "gabfusion" in model_yaml:
+        block = {"gabfusion": _block(model_yaml["gabfusion"], "gabfusion")}
+        QuantConfig.from_dict(block, "the model YAML")
+        values = merge(values, block)
+    if recipe:
+        changes = read_recipe(recipe)
+        QuantConfig.from_dict(changes, str(recipe))
+        changes = {key: _block(value, key) if key in ("gabfusion", "ada") else value for key, value in changes.items()}
+        values = merge(values, changes)
+    flags: dict[str, Any] = {}
+    if method is not None:
+        flags["method"] = method
+    if bits is not None:
+        weight, activation = parse_bits(bits)
+        flags |= {"weight": {"bits": weight}, "activation": {"bits": activation}}
+    if gabfusion is not None:
+        flags["gabfusion"] = _block(gabfusion, "gabfusion")
+    if ada is not None:
+        flags["ada"] = _block(ada, "ada")
+    return QuantConfig.from_dict(merge(values, flags), "the options --quant, --bits, --gabfusion, --ada")

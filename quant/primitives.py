@@ -1,0 +1,157 @@
+"""Stateless arithmetic of uniform fake quantization: grids, codes, straight-through gradients. Imports only torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# The smallest step a quantizer may use. Steps of real layers lie between 1e-4 (8-bit weights of a weak channel) and 1.
+SMALLEST_STEP = 2.0**-20
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The integer codes ``qmin .. qmax`` of a uniform quantizer."""
+
+    qmin: int
+    qmax: int
+
+    @property
+    def levels(self) -> int:
+        """Number of codes."""
+        return self.qmax - self.qmin + 1
+
+
+def weight_grid(bits: int) -> Grid:
+    """The narrow symmetric grid ``-(2**(bits-1) - 1) .. 2**(bits-1) - 1``.
+
+    It is narrow so that a code can change its sign, which folding a batch norm with negative gamma asks for.
+    """
+    limit = 2 ** (bits - 1) - 1
+    return Grid(-limit, limit)
+
+
+def activation_grid(bits: int, scheme: str) -> Grid:
+    """Codes of an activation grid: ``affine`` and ``unsigned`` count from 0, ``signed`` is two's complement."""
+    if scheme == "signed":
+        return Grid(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return Grid(0, 2**bits - 1)
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Rounds half to even, as ONNX's QuantizeLinear does; the gradient is the identity (straight-through estimator)."""
+    return x + (torch.round(x) - x).detach()
+
+
+def scale_gradient(x: Tensor, scale: float) -> Tensor:
+    """Returns ``x`` unchanged in the forward pass; its gradient is multiplied by ``scale`` (LSQ section 2.2)."""
+    return (x - x * scale).detach() + x * scale
+
+
+def step_gradient_scale(count: int, qmax: int) -> float:
+    """LSQ's gradient scale ``1 / sqrt(N * Qp)`` (arXiv 1902.08153 section 2.2).
+
+    Args:
+        count: N, the number of values that share the step (of one image, for activations: the scale must not depend on
+            the batch size).
+        qmax: Qp, the largest code.
+    """
+    return 1.0 / math.sqrt(max(count, 1) * max(qmax, 1))
+
+
+def to_codes(x: Tensor, step: Tensor, zero_point: Tensor | int, grid: Grid) -> Tensor:
+    """Codes ``clip(round(x / step) + zero_point, qmin, qmax)`` as a float tensor of ``x``'s shape.
+
+    The order (divide, round half to even, add, clip) is that of ONNX's QuantizeLinear; multiplying by ``1 / step``
+    instead would move values that lie on a rounding boundary.
+    """
+    return (torch.round(x / step) + zero_point).clamp(grid.qmin, grid.qmax)
+
+
+def from_codes(codes: Tensor, step: Tensor, zero_point: Tensor | int) -> Tensor:
+    """Values ``(codes - zero_point) * step``."""
+    return (codes - zero_point) * step
+
+
+def per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """Reshapes a vector of C values so that it broadcasts along dimension 0 of ``like``; one value stays as it is."""
+    return values if values.numel() == 1 else values.reshape(-1, *([1] * (like.dim() - 1)))
+
+
+def _flat(x: Tensor) -> Tensor:
+    """A one-dimensional view of a dense tensor in memory order (no copy for the two usual memory formats)."""
+    if x.dim() == 4 and not x.is_contiguous():
+        x = x.permute(0, 2, 3, 1)
+    return x.reshape(-1)
+
+
+def _same_layout(gradient: Tensor, like: Tensor) -> Tensor:
+    if gradient.stride() == like.stride():
+        return gradient
+    return torch.empty_like(like, memory_format=torch.preserve_format).copy_(gradient)
+
+
+class _UniformFakeQuantize(torch.autograd.Function):
+    """Fake quantization whose step and zero point learn by LSQ's gradients.
+
+    With v = x / s, forward ``y = s * clip(round(v), qmin - z, qmax - z)``. Gradients (arXiv 1902.08153 eq. 3 and 5,
+    with the zero point of LSQ+, arXiv 2004.09576):
+        dy/dx = 1 inside the range, 0 outside
+        dy/ds = round(v) - v inside, qmin - z below, qmax - z above
+        dy/dz = 0 inside, -s outside
+    Inside, dy/ds is (y - x) / s and outside it is y / s, so the sum over all values is (<g, y> - <dx, x>) / s: two dot
+    products instead of the half-dozen full-size temporaries of the case distinction.
+    """
+
+    @staticmethod
+    def forward(ctx, x, step, zero_point, qmin, qmax, gradient_scale):
+        low, high = (qmin, qmax) if zero_point is None else (qmin - zero_point, qmax - zero_point)
+        y = torch.div(x, step).round_()
+        y = y.clamp_(low, high).mul_(step)
+        ctx.save_for_backward(x, y, step, zero_point)
+        ctx.limits = qmin, qmax, gradient_scale
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, y, step, zero_point = ctx.saved_tensors
+        qmin, qmax, gradient_scale = ctx.limits
+        low, high = (qmin, qmax) if zero_point is None else (qmin - zero_point, qmax - zero_point)
+        gradient = _same_layout(gradient, x)
+        # clamp-and-compare is two passes; two comparisons and their conjunction would be three.
+        inside = torch.clamp(x, low * step, high * step) == x
+        gradient_x = gradient * inside
+        gradient_step = gradient_zero_point = None
+        if step.numel() == 1:
+            if ctx.needs_input_grad[1]:
+                total = torch.dot(_flat(gradient), _flat(y)) - torch.dot(_flat(gradient_x), _flat(x))
+                gradient_step = (total / step * gradient_scale).reshape(step.shape)
+            if zero_point is not None and ctx.needs_input_grad[2]:
+                outside = gradient.sum() - gradient_x.sum()
+                gradient_zero_point = (-step * outside * gradient_scale).reshape(zero_point.shape)
+        elif ctx.needs_input_grad[1]:
+            dimensions = list(range(1, x.dim()))
+            total = (gradient * y - gradient_x * x).sum(dimensions, keepdim=True)
+            gradient_step = total / step * gradient_scale
+        return gradient_x, gradient_step, gradient_zero_point, None, None, None
+
+
+def uniform_fake_quantize(
+    x: Tensor, step: Tensor, zero_point: Tensor | None, grid: Grid, gradient_scale: float = 1.0
+) -> Tensor:
+    """Quantizes ``x`` to ``grid`` and back, with LSQ's gradients for ``x``, ``step`` and ``zero_point``.
+
+    Args:
+        x: values of any shape.
+        step: positive, one value or shaped to broadcast along dimension 0 (``per_channel``).
+        zero_point: one integer-valued float, or None for 0. Only together with a single step.
+        grid: the codes.
+        gradient_scale: factor on the gradients of ``step`` and ``zero_point``.
+
+    Returns:
+        A tensor of ``x``'s shape and dtype whose values are ``(code - zero_point) * step``.
+    """
+    return _UniformFakeQuantize.apply(x, step, zero_point, grid.qmin, grid.qmax, gradient_scale)

@@ -1,0 +1,278 @@
+"""Does an exported file compute what the network computes? Three questions, answered by running both.
+
+1. Quantizers: our grid, given the float tensor the runtime gave its own QuantizeLinear, yields the same codes.
+2. Layers: our network, in which every quantizer hands on the runtime's codes instead of its own, arrives at the
+   runtime's codes at the next quantizer. So each layer is judged by what it does with the runtime's own input, and
+   rounding in one layer cannot excuse a difference in a later one.
+3. End to end: both run freely. Here one flipped code may change many behind it, hence images are counted that come
+   through without any, and their outputs must agree.
+
+A code may differ only where the value in front of the rounding lies on a boundary between two codes, but for float
+rounding. In question 1 both sides divide the same float by the same step: within ``QUANTIZER_TOLERANCE`` steps. In
+question 2 each side has added up a convolution in its own order: ``LAYER_TOLERANCE`` of the largest value of the
+tensor, in steps.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from onnx import ModelProto
+from torch import Tensor, nn
+
+from models.backend import open_session
+from quant.fold import ActivationGrid
+from quant.onnx_graph import INPUT_NAME, OUTPUT_NAME, ExportedGraph
+
+QUANTIZER_TOLERANCE = 1e-5
+LAYER_TOLERANCE = 1e-5
+# Absolute and relative difference of outputs (pixels, probabilities) that float rounding explains.
+OUTPUT_TOLERANCE = 1e-4
+HALF_TOLERANCE = 2e-2
+# Relative L2 distance beyond which flipped codes no longer explain that outputs differ.
+GROSS_DIFFERENCE = 0.1
+
+
+@dataclass
+class CodeCount:
+    """Codes compared, codes that differ, and those of them that no rounding boundary explains."""
+
+    compared: int = 0
+    different: int = 0
+    unexplained: int = 0
+    worst: float = 0.0  # largest distance from a boundary among the differing codes, in units of what is allowed
+    where: dict[str, int] = field(default_factory=dict)  # quantizer -> unexplained codes
+
+    def add(self, name: str, grid: ActivationGrid, x: Tensor, theirs: Tensor, allowed: float) -> None:
+        """Compares our codes of ``x`` with the runtime's; ``allowed`` is a distance from a boundary in steps."""
+        ours = grid.codes(x)
+        self.compared += ours.numel()
+        differs = ours != theirs
+        if not bool(differs.any()):
+            return
+        ours, theirs = ours[differs].double(), theirs[differs].double()
+        position = (x[differs] / grid.step).double() + grid.zero_point
+        # A value that our side clips lies further outside than any boundary.
+        position = position.clamp(grid.qmin - 0.5, grid.qmax + 0.5)
+        distance = (position - (ours + theirs) / 2).abs() / allowed
+        distance[(ours - theirs).abs() > 1] = float("inf")
+        unexplained = int((distance > 1).sum())
+        self.different += distance.numel()
+        self.unexplained += unexplained
+        self.worst = max(self.worst, float(distance.max()))
+        if unexplained:
+            self.where[name] = self.where.get(name, 0) + unexplained
+
+
+@dataclass
+class Reference:
+    """What the network makes of one image: computed once, compared with every file.
+
+    Attributes:
+        batch: the image (B, 3, H, W), repeated as often as the file takes images.
+        decoded: the folded network's output (B, N, 5 + classes).
+        codes: name of each ``ActivationGrid`` -> its codes.
+        trained: the output of the network before folding, or None.
+    """
+
+    batch: Tensor
+    decoded: Tensor
+    codes: dict[str, Tensor]
+    trained: Tensor | None = None
+
+
+@dataclass
+class Verification:
+    """What ``verify`` found; ``holds`` says whether the file may be used."""
+
+    images: int = 0
+    quantizers: CodeCount = field(default_factory=CodeCount)
+    layers: CodeCount = field(default_factory=CodeCount)
+    without_flip: int = 0
+    largest_difference: float = 0.0  # of any output value, over images without a flip
+    largest_relative: float = 0.0  # L2 distance / L2 norm, over all images
+    trained_relative: float | None = None  # the same against the network before folding
+    trained_equal: int = 0  # images on which that network and the file agree but for float rounding
+    problems: list[str] = field(default_factory=list)
+    quantized: bool = True
+
+    @property
+    def holds(self) -> bool:
+        return not self.problems
+
+    def table(self) -> str:
+        """Returns a few readable lines."""
+        lines = []
+        if self.quantized:
+            for title, count in (("quantizers", self.quantizers), ("layers", self.layers)):
+                lines.append(
+                    f"  {title:<12}{count.compared:>12,} codes compared, {count.different:,} differ at a rounding "
+                    f"boundary, {count.unexplained:,} without a reason"
+                )
+            lines.append(f"  {'end to end':<12}{self.without_flip:>4} of {self.images} images without a flipped code")
+        lines.append(
+            f"  {'outputs':<12}largest difference {self.largest_difference:.2g}"
+            f"{' (images without a flip)' if self.quantized else ''}, relative distance {self.largest_relative:.2g}"
+        )
+        if self.trained_relative is not None:
+            lines.append(
+                f"  {'training':<12}{self.trained_equal:>4} of {self.images} images as before folding, relative "
+                f"distance {self.trained_relative:.2g}"
+            )
+        lines += [f"  PROBLEM: {problem}" for problem in self.problems]
+        return "\n".join(lines)
+
+
+def _session_with(model: ModelProto, tensors: Sequence[str]):
+    """A session that returns inner tensors too."""
+    widened = ModelProto()
+    widened.CopyFrom(model)
+    present = {value.name for value in [*widened.graph.output, *widened.graph.input]}
+    for name in dict.fromkeys(tensors):
+        if name not in present:
+            widened.graph.output.add().name = name
+    return open_session(widened.SerializeToString(), "the exported graph")
+
+
+@contextmanager
+def _watched(model: nn.Module, watch: Callable[[str, ActivationGrid, Tensor], Tensor | None]) -> Iterator[None]:
+    """While open, ``watch(name, grid, input)`` sees every grid's input and may replace its output."""
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, ActivationGrid):
+            hooks.append(module.register_forward_hook(lambda grid, inputs, _, name=name: watch(name, grid, inputs[0])))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _decoded(output: Tensor | tuple) -> Tensor:
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def _check_quantizers(result: Verification, model: nn.Module, exported: ExportedGraph, tensors: dict) -> None:
+    grids = dict(model.named_modules())
+    for place in exported.quantizers:
+        source, codes = (torch.from_numpy(tensors[name]) for name in (place.source, place.codes))
+        result.quantizers.add(place.module, grids[place.module], source, codes, QUANTIZER_TOLERANCE)
+
+
+def _check_layers(
+    result: Verification, model: nn.Module, exported: ExportedGraph, image: Tensor, tensors: dict
+) -> None:
+    def watch(name: str, grid: ActivationGrid, x: Tensor) -> Tensor:
+        codes = torch.from_numpy(tensors[exported.codes[name]])
+        largest = max(1.0, float(x.abs().max() / grid.step))
+        result.layers.add(name, grid, x, codes, LAYER_TOLERANCE * largest)
+        return (codes.float() - grid.output_zero_point) * grid.output_step
+
+    with _watched(model, watch):
+        decoded = _decoded(model(image))
+    difference = (decoded - torch.from_numpy(tensors[OUTPUT_NAME])).abs()
+    allowed = OUTPUT_TOLERANCE * (1 + decoded.abs())
+    if bool((difference > allowed).any()):
+        result.problems.append(f"the head differs by {difference.max():.2g} from the network on the file's own codes")
+
+
+@torch.no_grad()
+def references(
+    model: nn.Module, images: Sequence[Tensor], batch_size: int = 1, trained: nn.Module | None = None
+) -> list[Reference]:
+    """Runs the network on images (3, H, W) with values 0..1.
+
+    Args:
+        model: the folded network (or a float one) in evaluation mode; its first output is (B, N, 5 + classes).
+        batch_size: images the file takes at once; each image is repeated that often.
+        trained: the network before folding, in evaluation mode.
+    """
+    codes: dict[str, Tensor] = {}
+
+    def watch(name: str, grid: ActivationGrid, x: Tensor) -> None:
+        codes[name] = grid.codes(x).to(torch.int16)
+
+    found = []
+    for image in images:
+        batch = image.unsqueeze(0).repeat(batch_size, 1, 1, 1)
+        codes = {}
+        with _watched(model, watch):
+            decoded = _decoded(model(batch))
+        found.append(Reference(batch, decoded, codes, None if trained is None else _decoded(trained(batch))))
+    return found
+
+
+def _compare_outputs(result: Verification, ours: Tensor, theirs: Tensor, flipped: bool, tolerance: float) -> None:
+    difference = (ours - theirs).abs()
+    relative = _relative(difference, ours)
+    result.largest_relative = max(result.largest_relative, relative)
+    number = result.images
+    if not flipped:
+        result.largest_difference = max(result.largest_difference, float(difference.max()))
+        result.without_flip += 1
+        if bool((difference > tolerance * (1 + ours.abs())).any()):
+            result.problems.append(f"image {number}: outputs differ by up to {float(difference.max()):.2g}")
+    elif not relative <= GROSS_DIFFERENCE:
+        result.problems.append(f"image {number}: flipped codes cannot explain a relative distance of {relative:.2g}")
+
+
+def _compare_trained(result: Verification, before: Tensor, theirs: Tensor) -> None:
+    difference = (before - theirs).abs()
+    relative = _relative(difference, before)
+    result.trained_relative = max(result.trained_relative or 0.0, relative)
+    result.trained_equal += bool((difference <= OUTPUT_TOLERANCE * (1 + before.abs())).all())
+    if not relative <= GROSS_DIFFERENCE:
+        result.problems.append(
+            f"image {result.images}: relative distance {relative:.2g} from the network before folding"
+        )
+
+
+def _relative(difference: Tensor, reference: Tensor) -> float:
+    return float(difference.norm() / reference.norm().clamp_min(1e-12))
+
+
+@torch.no_grad()
+def verify(model: nn.Module, exported: ExportedGraph, expected: Sequence[Reference]) -> Verification:
+    """Compares an exported file with the network it was made of, on the CPU.
+
+    Args:
+        model: the folded network (or a float one) in evaluation mode.
+        exported: from ``quant.onnx_graph.build``.
+        expected: from ``references`` with the same model.
+
+    Raises:
+        UserError: onnxruntime is not installed or refuses the file.
+    """
+    result = Verification(quantized=bool(exported.quantizers))
+    wanted = [*exported.codes.values(), *(place.source for place in exported.quantizers)]
+    wanted += [place.codes for place in exported.quantizers]
+    plain = open_session(exported.model.SerializeToString(), "the exported graph")
+    inner = _session_with(exported.model, wanted) if result.quantized else None
+    half = plain.get_inputs()[0].type == "tensor(float16)"
+    for reference in expected:
+        result.images += 1
+        feed = {INPUT_NAME: (reference.batch.half() if half else reference.batch).numpy()}
+        theirs = torch.from_numpy(plain.run([OUTPUT_NAME], feed)[0]).float()
+        flipped = inner is not None and _check_inside(result, model, exported, reference, inner)
+        _compare_outputs(result, reference.decoded, theirs, flipped, HALF_TOLERANCE if half else OUTPUT_TOLERANCE)
+        if reference.trained is not None:
+            _compare_trained(result, reference.trained, theirs)
+    for title, count in (("quantizer", result.quantizers), ("layer", result.layers)):
+        for name, number in count.where.items():
+            result.problems.append(f"{title} {name}: {number} codes differ away from any rounding boundary")
+    return result
+
+
+def _check_inside(
+    result: Verification, model: nn.Module, exported: ExportedGraph, reference: Reference, session
+) -> bool:
+    """Runs the widened file, judges quantizers and layers; returns whether any code of the free runs differs."""
+    names = [value.name for value in session.get_outputs()]
+    feed = {INPUT_NAME: reference.batch.numpy()}
+    tensors = {**feed, **dict(zip(names, session.run(names, feed), strict=True))}
+    _check_quantizers(result, model, exported, tensors)
+    _check_layers(result, model, exported, reference.batch, tensors)
+    codes = reference.codes
+    return any(not np.array_equal(codes[name].numpy(), tensors[tensor]) for name, tensor in exported.codes.items())

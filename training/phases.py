@@ -1,0 +1,137 @@
+"""The two phases of a run: float training, then calibration and quantization-aware training."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+
+from torch import nn
+
+from models.yolo import DetectionModel
+from quant.calibrate import calibrate
+from quant.prepare import model_from_checkpoint, prepare
+from quant.report import format_report, layer_reports
+from training.run import Phase, Run
+from training.trainer import Trainer
+from utils.anchors import check_anchors
+from utils.checkpoint import Weights, load_checkpoint, read_weights, save_checkpoint, transfer
+from utils.errors import UserError
+from utils.log import LOGGER
+from val import Evaluation
+
+
+def build_float_model(options: argparse.Namespace, names: dict[int, str]) -> tuple[DetectionModel, bool]:
+    """The float network to start from, and whether its weights already know the data's classes.
+
+    Raises:
+        UserError: missing or quantized weights.
+    """
+    if not options.weights:
+        model = DetectionModel(options.cfg, nc=len(names))
+        model.names = names
+        return model, False
+    weights = read_weights(options.weights)
+    if weights.quantization:
+        raise UserError(
+            f"--weights {options.weights} is quantized already. Give float weights, or continue its run with --resume"
+        )
+    given_cfg = options.cfg_given
+    model = DetectionModel(options.cfg if given_cfg else weights.model_yaml, nc=len(names))
+    transfer(model, weights.state_dict, ("anchor",) if given_cfg else (), options.weights)
+    model.names = names
+    fits = not given_cfg and list(weights.names.values()) == list(names.values())
+    return model, fits
+
+
+def load_teacher(file: str, names: dict[int, str]) -> DetectionModel:
+    """The float teacher in ``file``, which must know the same classes in the same order."""
+    weights: Weights = read_weights(file)
+    if weights.quantization:
+        raise UserError(f"--teacher {file} is quantized; the teacher must be a float checkpoint")
+    if list(weights.names.values()) != list(names.values()):
+        raise UserError(
+            f"--teacher {file} knows other classes ({', '.join(list(weights.names.values())[:5])} ...) than the data "
+            f"({', '.join(list(names.values())[:5])} ...). Train a float model on this data first"
+        )
+    model = DetectionModel(weights.model_yaml)
+    model.load_state_dict(weights.state_dict)
+    return model
+
+
+def float_phase(run: Run, model: DetectionModel, resume: dict | None) -> DetectionModel:
+    """Trains in float and returns the best averaged network."""
+    options = run.options
+    quantized_follows = run.config is not None
+    phase = Phase("float", options.float_epochs if quantized_follows else options.epochs,
+                  "float_" if quantized_follows else "")  # fmt: skip
+    if resume is None and not options.noautoanchor:
+        train_set = run.train_set
+        check_anchors(
+            train_set.shapes, train_set.labels, model.detect, options.imgsz, run.hyp["anchor_t"], options.seed
+        )
+        model.half().float()  # as in files of upstream: anchors and weights start from numbers that fp16 can hold
+    LOGGER.info(f"Float phase: {phase.epochs} epochs on {len(run.train_set)} images")
+    trainer = Trainer(run, phase, model, start=resume)
+    trainer.fit()
+    return best_model(run, phase)
+
+
+def best_model(run: Run, phase: Phase) -> DetectionModel:
+    """The network in the phase's best checkpoint (its last one where validation was switched off)."""
+    for name in ("best", "last"):
+        file = run.weights_dir / f"{phase.prefix}{name}.pt"
+        if file.exists():
+            return model_from_checkpoint(load_checkpoint(file)).to(run.device)
+    raise UserError(
+        f"{run.weights_dir}: no checkpoint of the {phase.name} phase; was --epochs 0 given for a float run?"
+    )
+
+
+def quantized_phase(
+    run: Run, float_model: DetectionModel, teacher: nn.Module | None, resume: dict | None
+) -> tuple[DetectionModel, Evaluation | None]:
+    """Calibrates and trains the quantized network.
+
+    Returns:
+        The best deployable network, and the evaluation after calibration alone (None when resumed).
+    """
+    phase = Phase("quantized", run.options.epochs, "")
+    model = copy.deepcopy(float_model).train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    prepare(model, run.config)
+    calibrated = None
+    if resume is None:
+        started = time.perf_counter()
+        calibrate(model, run.calibration_batches())
+        seconds = time.perf_counter() - started
+        LOGGER.info(f"Calibrated on {run.config.calibration.images} images in {seconds:.1f} s. Noisiest weights:")
+        LOGGER.info(format_report(layer_reports(model), 10))
+        calibrated = run.evaluate(model)
+        LOGGER.info(f"Calibrated only: mAP50 {calibrated.map50:.4f}  mAP50-95 {calibrated.map:.4f}")
+    trainer = Trainer(run, phase, model, teacher, resume)
+    if phase.epochs == 0:
+        checkpoint = trainer._checkpoint(-1) | {"finished": True}
+        for name in ("last", "best"):
+            save_checkpoint(checkpoint, run.weights_dir / f"{name}.pt")
+        return model, calibrated
+    LOGGER.info(f"Quantized phase: {phase.epochs} epochs, {run.config.method} w{run.config.weight.bits}"
+                f"a{run.config.activation.bits}")  # fmt: skip
+    trainer.fit()
+    if trainer.quantized.nodes and trainer.quantized.branch_factors_inert():
+        LOGGER.info("GABFusion: every branch factor stayed within 2 % of 1, so alpha did nothing in this run")
+    return best_model(run, phase), calibrated
+
+
+def summarise(run: Run, rows: list[tuple[str, Evaluation, int]]) -> None:
+    """Prints the table at the end of a quantized run: name, accuracy, gap to float, size."""
+    reference = rows[0][1]
+    LOGGER.info("")
+    LOGGER.info(f"{'':<28}{'mAP50':>9}{'mAP50-95':>10}{'gap mAP50':>12}{'size':>11}")
+    for name, result, size in rows:
+        gap = "" if result is reference else f"{(result.map50 - reference.map50) * 100:+.1f} points"
+        LOGGER.info(f"{name:<28}{result.map50:>9.4f}{result.map:>10.4f}{gap:>12}{size / 1e6:>8.2f} MB")
+    best = run.weights_dir / "best.pt"
+    LOGGER.info(f"\nFiles are in {run.save_dir}")
+    LOGGER.info(f"Export with: python export.py --weights {best} --imgsz {run.options.imgsz} --include onnx")

@@ -1,0 +1,57 @@
+"""Where tensors live: the ``--device`` flag, and the number of CPU threads."""
+
+import os
+
+import torch
+
+from utils.errors import UserError
+
+
+def select_device(device: str = "") -> torch.device:
+    """Returns the device a ``--device`` flag names.
+
+    Args:
+        device: '' (first GPU if there is one, else the CPU), 'cpu', 'mps', or GPU numbers such as '0' or '0,1'. Of a
+            list, this process takes the one of its local rank (``LOCAL_RANK``, set by torchrun), else the first.
+
+    Raises:
+        UserError: the device does not exist here.
+    """
+    name = str(device).strip().lower().replace("cuda:", "")
+    if name == "cpu":
+        return torch.device("cpu")
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("--device mps: this machine or this PyTorch has no Metal device. Use --device cpu")
+        return torch.device("mps")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not name:
+        return torch.device(f"cuda:{local_rank % count}" if count else "cpu")
+    parts = [part.strip() for part in name.split(",") if part.strip()]
+    if name == "cuda":
+        parts = ["0"]
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise UserError(f"--device {device}: expected cpu, mps, or GPU numbers such as 0 or 0,1")
+    absent = [part for part in parts if int(part) >= count]
+    if absent:
+        raise UserError(
+            f"--device {device}: GPU {absent[0]} does not exist, PyTorch sees {count}. "
+            f"Use --device cpu{f' or 0 to {count - 1}' if count else ''}"
+        )
+    return torch.device(f"cuda:{parts[local_rank % len(parts)]}")
+
+
+def limit_threads(threads: int | None = None) -> int:
+    """Sets PyTorch's CPU threads and returns their number.
+
+    Without a number: the cores this process may use, shared between the processes of one machine
+    (``LOCAL_WORLD_SIZE``), unless ``OMP_NUM_THREADS`` already says.
+    """
+    if threads is None:
+        if "OMP_NUM_THREADS" in os.environ:
+            return torch.get_num_threads()
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(threads, 1))
+    return torch.get_num_threads()

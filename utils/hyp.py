@@ -1,0 +1,76 @@
+"""Hyperparameter YAMLs: YOLOv5's 28 keys, and those of the quantized phase."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from utils.errors import UserError
+from utils.paths import ROOT
+
+DEFAULT_FILE = ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"
+
+# The quantized phase starts from a converged network, so it needs neither a warm-up of biases at 0.1 nor lr0 0.01.
+QUANTIZED_DEFAULTS: dict[str, float] = {
+    "quant_lr0": 0.002,  # initial learning rate
+    "quant_lrf": 0.05,  # final share of it
+    "quant_momentum": 0.937,
+    "quant_weight_decay": 0.0005,
+    "quant_warmup_epochs": 0.5,
+    "quant_parameter_lr": 1.0,  # factor for steps and zero points
+    "quant_nominal_batch": 16,  # images per optimizer step: short schedules need steps more than large batches
+    "quant_ema_decay": 0.998,
+    "quant_ema_tau": 100.0,  # updates until the average forgets its start
+    "quant_finetune_lr": 2e-5,  # Adam, one epoch, after `fold: finetune` (arXiv 2511.05898)
+}
+OPTIONAL = ("anchors",)
+
+
+def load_hyp(path: str | Path) -> dict[str, Any]:
+    """Reads a hyperparameter file; bare names are looked up in ``data/hyps``.
+
+    Keys that are absent take the value of ``hyp.scratch-low.yaml`` or of ``QUANTIZED_DEFAULTS``.
+
+    Raises:
+        UserError: no such file, not a mapping, an unknown key (with the nearest known one), a value that is no number.
+    """
+    given = Path(path)
+    file = next((p for p in (given, ROOT / given, ROOT / "data" / "hyps" / given) if p.is_file()), None)
+    if file is None:
+        known = ", ".join(sorted(p.name for p in DEFAULT_FILE.parent.glob("*.yaml")))
+        raise UserError(f"--hyp {path}: no such file; files in data/hyps: {known}")
+    values = _read(file)
+    defaults = _read(DEFAULT_FILE) | QUANTIZED_DEFAULTS
+    for key, value in values.items():
+        if key not in defaults and key not in OPTIONAL:
+            near = difflib.get_close_matches(str(key), defaults, 1)
+            raise UserError(f"{file}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+            try:
+                values[key] = float(value)
+            except ValueError:
+                raise UserError(f"{file}: {key}: {value!r} is not a number") from None
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UserError(f"{file}: {key}: {value!r} is not a number")
+    return defaults | values
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not a YAML file ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: a hyperparameter file maps keys to numbers")
+    return values
+
+
+def phase_hyp(hyp: dict[str, Any], quantized: bool) -> dict[str, Any]:
+    """The hyperparameters of one phase under their plain names: in the quantized one ``quant_lr0`` becomes ``lr0``."""
+    if not quantized:
+        return {**hyp, "nominal_batch": 64, "ema_decay": 0.9999, "ema_tau": 2000.0}
+    renamed = {key.removeprefix("quant_"): value for key, value in hyp.items() if key.startswith("quant_")}
+    return {**hyp, **renamed, "warmup_bias_lr": 0.0, "warmup_momentum": renamed["momentum"]}

@@ -1,0 +1,73 @@
+"""What a training run writes down each epoch: results.csv and TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+# Upstream's names and order; columns of the quantized phase follow them.
+COLUMNS = (
+    "train/box_loss",
+    "train/obj_loss",
+    "train/cls_loss",
+    "metrics/precision",
+    "metrics/recall",
+    "metrics/mAP_0.5",
+    "metrics/mAP_0.5:0.95",
+    "val/box_loss",
+    "val/obj_loss",
+    "val/cls_loss",
+    "x/lr0",
+    "x/lr1",
+    "x/lr2",
+)
+WIDTH = 20
+
+
+class RunLog:
+    """Appends a row per epoch to a CSV file (20-character columns, 5 significant digits) and to TensorBoard.
+
+    Args:
+        file: the CSV; rows from ``first_epoch`` on are dropped if it exists (a resumed run writes them again).
+        columns: names after ``COLUMNS``.
+        tensorboard: folder of the event files, or None.
+    """
+
+    def __init__(
+        self, file: Path, columns: tuple[str, ...] = (), first_epoch: int = 0, tensorboard: Path | None = None
+    ) -> None:
+        self.file, self.columns = file, (*COLUMNS, *columns)
+        kept = []
+        if file.exists() and first_epoch > 0:
+            kept = [line for line in file.read_text().splitlines()[1:] if int(line.split(",")[0]) < first_epoch]
+        header = ",".join(f"{name:>{WIDTH}}" for name in ("epoch", *self.columns))
+        file.write_text("\n".join([header, *kept]) + "\n")
+        self.writer = None
+        if tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(tensorboard))
+
+    def write(self, epoch: int, values: dict[str, float]) -> None:
+        """Writes one row; a column without a value stays empty."""
+        cells = [f"{epoch:>{WIDTH}}"]
+        for name in self.columns:
+            cells.append(f"{values[name]:>{WIDTH}.5g}" if name in values else " " * WIDTH)
+        with self.file.open("a") as stream:
+            stream.write(",".join(cells) + "\n")
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, epoch)
+            self.writer.flush()
+
+    def close(self) -> None:
+        """Closes the TensorBoard file."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+def read_results(file: Path) -> list[dict[str, float]]:
+    """The rows of a results.csv by stripped column name; empty cells are left out."""
+    with file.open() as stream:
+        rows = csv.DictReader(stream)
+        return [{k.strip(): float(v) for k, v in row.items() if v and v.strip()} for row in rows]

@@ -1,0 +1,398 @@
+"""Measures a detector on a data set.
+
+Usage:
+    python val.py --weights runs/train/exp/weights/best.pt --data VOC.yaml --img 640
+    python val.py --weights best.onnx --data VOC.yaml --save-json
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from models.backend import load_backend
+from utils.boxes import scale_boxes, xywh_to_xyxy
+from utils.coco import category_ids_for, coco_evaluate, detection_rows, ground_truth, image_identifiers
+from utils.dataset import create_dataloader
+from utils.dataset_yaml import DatasetSpec, load_dataset_yaml, prepare_dataset
+from utils.devices import select_device
+from utils.errors import UserError
+from utils.log import LOGGER
+from utils.metrics import IOU_THRESHOLDS, ClassMetrics, ConfusionMatrix, ap_per_class, fitness, match_predictions
+from utils.nms import non_max_suppression
+from utils.paths import ROOT, increment_path
+from utils.plots import plot_class_curves, plot_confusion_matrix, plot_images, plot_study
+from utils.results import newest_weights, save_text
+from utils.timing import Stopwatch
+
+HEADER = ("%22s" + "%11s" * 6) % ("Class", "Images", "Instances", "P", "R", "mAP50", "mAP50-95")
+ROW = "%22s" + "%11i" * 2 + "%11.3g" * 4
+PLOTTED_BATCHES = 3
+TASKS = ("val", "test", "train", "speed", "study")
+STUDY_SIZES = range(256, 1536 + 128, 128)
+
+
+@dataclass
+class Evaluation:
+    """Result of one pass over a data set. precision, recall, map50 and map (mAP50-95) are means over classes."""
+
+    precision: float
+    recall: float
+    map50: float
+    map: float
+    per_class: ClassMetrics
+    images: int
+    instances: int
+    losses: tuple[float, float, float] = (0.0, 0.0, 0.0)  # box, objectness, class; zeros without a loss
+    speed: dict[str, float] = field(default_factory=dict)  # preprocess, inference, nms: milliseconds per image
+    confusion: ConfusionMatrix | None = None
+    coco: tuple[float, float] | None = None  # pycocotools' (mAP50-95, mAP50), if it ran
+
+    @property
+    def fitness(self) -> float:
+        """What the best epoch is chosen by."""
+        return fitness(self.map50, self.map)
+
+    def map_by_class(self, num_classes: int) -> np.ndarray:
+        """(num_classes,) mAP50-95 of each class; classes without labels get the mean."""
+        values = np.full(num_classes, self.map)
+        values[self.per_class.classes] = self.per_class.ap50_95
+        return values
+
+
+@dataclass
+class OutputOptions:
+    """What an evaluation writes besides its numbers; all paths lie in ``folder``."""
+
+    folder: Path | None = None
+    plots: bool = False
+    text: bool = False  # labels/<stem>.txt
+    confidence: bool = False  # a sixth column in them
+    hybrid: bool = False  # the labels themselves take part in suppression: for relabelling a data set
+    json: Path | None = None  # file for the detections in COCO's format
+    annotations: Path | None = None  # COCO's own annotations; without them they are made from the labels
+    coco_numbers: bool = False  # categories by COCO's numbers
+
+
+@torch.no_grad()
+def evaluate(
+    model: Callable[[Tensor], Tensor | tuple],
+    loader: Iterable,
+    *,
+    names: Mapping[int, str],
+    device: torch.device,
+    confidence_threshold: float = 0.001,
+    iou_threshold: float = 0.6,
+    max_detections: int = 300,
+    single_class: bool = False,
+    loss: Callable | None = None,
+    output: OutputOptions | None = None,
+    verbose: bool = False,
+    report: bool = True,
+) -> Evaluation:
+    """Runs ``model`` over ``loader`` and measures it.
+
+    Args:
+        model: takes images (B, 3, H, W) in 0..1 and returns decoded rows (B, N, 5 + classes), or these and the raw
+            maps. A module is put into eval mode for the time being.
+        loader: batches of images (B, 3, H, W) uint8, targets (n, 6), paths and shapes, from ``create_dataloader``.
+        names: class names by index.
+        single_class: every label and detection counts as class 0.
+        loss: a ``DetectionLoss``; its parts are averaged over batches if the model returns raw maps.
+        verbose: print one line per class too.
+        report: show progress and print the table.
+    """
+    was_training = isinstance(model, nn.Module) and model.training
+    if isinstance(model, nn.Module):
+        model.eval()
+    output = output or OutputOptions()
+    collector = _Collector(names, device, single_class, output)
+    watches = {name: Stopwatch(device) for name in ("preprocess", "inference", "nms")}
+    losses, batches = torch.zeros(3, device=device), 0
+    for images, targets, paths, shapes in tqdm(loader, desc=HEADER, disable=not report, dynamic_ncols=False, ncols=110):
+        with watches["preprocess"]:
+            images, targets = _to_device(model, images, device), targets.to(device).clone()
+        with watches["inference"]:
+            decoded, raw = _forward(model, images)
+        if loss is not None and raw is not None:
+            losses += loss(raw, targets)[1]
+        height, width = images.shape[2:]
+        targets[:, 2:] *= torch.tensor((width, height, width, height), device=device)
+        hybrid = [targets[targets[:, 0] == i, 1:] for i in range(len(images))] if output.hybrid else ()
+        with watches["nms"]:
+            detections = non_max_suppression(
+                decoded, confidence_threshold, iou_threshold, multi_label=True, agnostic=single_class, labels=hybrid,
+                max_detections=max_detections,
+            )  # fmt: skip
+        collector.add(images.shape[2:], targets, detections, paths, shapes)
+        if output.plots and batches < PLOTTED_BATCHES:
+            _plot_batch(batches, images, targets, detections, paths, names, output.folder)
+        batches += 1
+    if was_training:
+        model.train()
+    result = collector.finish()
+    result.losses = tuple((losses / max(batches, 1)).tolist())
+    result.speed = {name: watch.total / max(result.images, 1) * 1e3 for name, watch in watches.items()}
+    if report:
+        log_table(result, names, verbose)
+    return result
+
+
+def _to_device(model: object, images: Tensor, device: torch.device) -> Tensor:
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    images = images.to(device, non_blocking=True)
+    return images.to(torch.float32 if parameter is None else parameter.dtype) / 255
+
+
+def _forward(model: Callable, images: Tensor) -> tuple[Tensor, list[Tensor] | None]:
+    """Runs the model; a graph with a fixed batch gets the missing images as zeros."""
+    fixed = getattr(model, "fixed_batch", None)
+    number = len(images)
+    if fixed and number < fixed:
+        images = torch.cat((images, images.new_zeros(fixed - number, *images.shape[1:])))
+    outcome = model(images)
+    decoded, raw = outcome if isinstance(outcome, tuple | list) else (outcome, None)
+    if raw is not None and len(images) != number:
+        raw = [level[:number] for level in raw]
+    return decoded[:number], raw
+
+
+class _Collector:
+    """Gathers what is needed for the metrics, image by image."""
+
+    def __init__(self, names: Mapping[int, str], device: torch.device, single: bool, output: OutputOptions) -> None:
+        self.names, self.single_class, self.output = names, single, output
+        self.thresholds = torch.tensor(IOU_THRESHOLDS, device=device)
+        self.confusion = ConfusionMatrix(len(names))
+        self.correct, self.scores, self.predicted, self.actual = [], [], [], []
+        self.keep = output.json is not None
+        self.kept: list[tuple[str, tuple[int, int], Tensor, Tensor]] = []  # path, size, detections, labels
+        self.images = 0
+        if output.text and output.folder is not None:
+            (output.folder / "labels").mkdir(parents=True, exist_ok=True)
+
+    def add(self, size: tuple[int, int], targets: Tensor, detections: list[Tensor], paths: list, shapes: list) -> None:
+        """Takes one batch; targets in pixels of the network's input."""
+        for index, found in enumerate(detections):
+            native_size, ratio_pad = shapes[index]
+            mine = targets[targets[:, 0] == index, 1:]
+            found = found.clone()
+            if self.single_class:
+                found[:, 5] = 0
+            found[:, :4] = scale_boxes(size, found[:, :4], native_size, ratio_pad)
+            corners = scale_boxes(size, xywh_to_xyxy(mine[:, 1:5]), native_size, ratio_pad)
+            labels = torch.cat((mine[:, :1], corners), 1)
+
+            self.correct.append(match_predictions(found, labels, self.thresholds).cpu())
+            self.scores.append(found[:, 4].cpu())
+            self.predicted.append(found[:, 5].cpu())
+            self.actual.append(labels[:, 0].cpu())
+            if self.output.plots:
+                self.confusion.add(found, labels)
+            if self.output.text:
+                save_text(self.output.folder / "labels", paths[index], found, native_size, self.output.confidence)
+            if self.keep:
+                self.kept.append((str(paths[index]), tuple(native_size), found.cpu(), labels.cpu()))
+        self.images += len(detections)
+
+    def finish(self) -> Evaluation:
+        """Computes the metrics and writes plots and JSON."""
+        if self.images:
+            arrays = [torch.cat(parts).numpy() for parts in (self.correct, self.scores, self.predicted, self.actual)]
+        else:
+            arrays = [np.zeros((0, len(IOU_THRESHOLDS)), dtype=bool), np.zeros(0), np.zeros(0), np.zeros(0)]
+        per_class = ap_per_class(*arrays)
+        result = Evaluation(*per_class.means(), per_class, self.images, len(arrays[3]), confusion=self.confusion)
+        if self.output.plots:
+            plot_class_curves(per_class, self.names, self.output.folder)
+            labels = [self.names[i] for i in sorted(self.names)]
+            plot_confusion_matrix(self.confusion.matrix, labels, self.output.folder / "confusion_matrix.png")
+        if self.keep:
+            result.coco = self._coco()
+            if self.output.annotations is not None:
+                result.map, result.map50 = result.coco
+        return result
+
+    def _coco(self) -> tuple[float, float]:
+        identifiers = image_identifiers([entry[0] for entry in self.kept])
+        categories = category_ids_for(self.names, self.output.coco_numbers)
+        rows, sizes, labels = [], {}, {}
+        for path, size, found, truth in self.kept:
+            image_id = identifiers[path]
+            rows.extend(detection_rows(found, image_id, categories))
+            sizes[image_id], labels[image_id] = size, truth.numpy()
+        self.output.json.write_text(json.dumps(rows), encoding="utf-8")
+        LOGGER.info(f"Evaluating {self.output.json} with pycocotools...")
+        annotations = self.output.annotations or ground_truth(sizes, labels, self.names, categories)
+        return coco_evaluate(annotations, rows, list(sizes))
+
+
+def _plot_batch(
+    number: int, images: Tensor, targets: Tensor, detections: list[Tensor], paths: list, names: Mapping, folder: Path
+) -> None:
+    labels = torch.cat((targets[:, :2], xywh_to_xyxy(targets[:, 2:])), 1)
+    plot_images(images, labels, paths, folder / f"val_batch{number}_labels.jpg", names)
+    numbered = [torch.cat((found.new_full((len(found), 1), i), found), 1) for i, found in enumerate(detections)]
+    rows = torch.cat(numbered)[:, [0, 6, 1, 2, 3, 4, 5]]
+    plot_images(images, rows, paths, folder / f"val_batch{number}_pred.jpg", names)
+
+
+def log_table(result: Evaluation, names: Mapping[int, str], verbose: bool) -> None:
+    """Prints the line of all classes under the progress bar's header and, if ``verbose``, one per class."""
+    means = (result.precision, result.recall, result.map50, result.map)
+    LOGGER.info(ROW % ("all", result.images, result.instances, *means))
+    if not result.instances:
+        LOGGER.warning("no labels found: nothing can be measured")
+    table = result.per_class
+    if verbose and len(names) > 1:
+        rows = zip(table.classes, table.labels, table.precision, table.recall, table.ap50, table.ap50_95, strict=True)
+        for label, *values in rows:
+            LOGGER.info(ROW % (names[int(label)], result.images, *values))
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line; abbreviations such as --batch, --conf and --iou are allowed."""
+    parser = argparse.ArgumentParser(description="Measure a detector on a data set.")
+    parser.add_argument("--data", default=str(ROOT / "data" / "shapes.yaml"), help="dataset YAML")
+    parser.add_argument("--weights", nargs="+", default=None, help=".pt or .onnx; the newest best.pt of runs/train")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--imgsz", "--img", "--img-size", type=int, default=None, help="long side in pixels (640)")
+    parser.add_argument("--conf-thres", type=float, default=0.001, help="confidence threshold")
+    parser.add_argument("--iou-thres", type=float, default=0.6, help="IoU threshold of the suppression")
+    parser.add_argument("--max-det", type=int, default=300, help="detections kept per image")
+    parser.add_argument("--task", default="val", choices=TASKS)
+    parser.add_argument("--device", default="", help="cuda device, such as 0, or cpu")
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--single-cls", action="store_true", help="treat all classes as one")
+    parser.add_argument("--verbose", action="store_true", help="print one line per class")
+    parser.add_argument("--save-txt", action="store_true", help="write detections as label files")
+    parser.add_argument("--save-hybrid", action="store_true", help="write labels and detections merged; no real mAP")
+    parser.add_argument("--save-conf", action="store_true", help="add confidences to the label files")
+    parser.add_argument("--save-json", action="store_true", help="write COCO JSON and evaluate it with pycocotools")
+    parser.add_argument("--noplots", action="store_true", help="draw nothing")
+    parser.add_argument("--project", default=str(ROOT / "runs" / "val"), help="results go to project/name")
+    parser.add_argument("--name", default="exp")
+    parser.add_argument("--exist-ok", action="store_true", help="write into an existing project/name")
+    parser.add_argument("--half", action="store_true", help="16-bit floats, on CUDA only")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> Evaluation | list[Evaluation]:
+    """Does what the command line asks for; tasks speed and study return one result per file and size."""
+    device = select_device(options.device)
+    spec = load_dataset_yaml(options.data)
+    prepare_dataset(spec)
+    files = options.weights or [newest_weights()]
+    size = options.imgsz or int(spec.defaults.get("imgsz", 640))
+    if options.task == "study":
+        return study(options, spec, files, device)
+    if options.task == "speed":
+        options.conf_thres, options.iou_thres, options.save_json = 0.25, 0.45, False
+        return [run_file(file, options, spec, size, device) for file in files]
+    if len(files) > 1:
+        raise UserError(f"--weights: {len(files)} files; --task {options.task} measures one (ensembles are not built)")
+    if options.conf_thres > 0.001:
+        LOGGER.warning(f"--conf-thres {options.conf_thres} > 0.001 cuts the precision-recall curve: mAP will be lower")
+    return run_file(files[0], options, spec, size, device)
+
+
+def run_file(
+    file: str | Path, options: argparse.Namespace, spec: DatasetSpec, image_size: int, device: torch.device
+) -> Evaluation:
+    """Measures one weights file at one image size."""
+    backend = load_backend(file, device, data=options.data, half=options.half and device.type == "cuda")
+    names = {0: "item"} if options.single_cls else spec.names
+    if not options.single_cls and backend.nc != len(spec.names):
+        raise UserError(
+            f"{file} detects {backend.nc} classes, {options.data} names {len(spec.names)}: give weights trained on it"
+        )
+    rect, batch_size = options.task != "speed", options.batch_size
+    if backend.fixed_size:
+        height, width = backend.fixed_size
+        if height != width:
+            raise UserError(f"{file} takes images of {height}x{width}: val.py needs a square or dynamic input")
+        image_size, rect = height, False
+    else:
+        image_size = -(-image_size // backend.stride) * backend.stride
+    if backend.fixed_batch:
+        batch_size = backend.fixed_batch
+    split = options.task if options.task in ("train", "test") else "val"
+    loader, _dataset = create_dataloader(
+        spec.split(split), image_size, batch_size, rect=rect, pad=0.5 if rect else 0.0, stride=backend.stride,
+        single_class=options.single_cls, workers=options.workers, prefix=split, num_classes=len(spec.names),
+    )  # fmt: skip
+    output = _output_options(file, options, spec)
+    result = evaluate(
+        backend, loader, names=names, device=device, confidence_threshold=options.conf_thres,
+        iou_threshold=options.iou_thres, max_detections=options.max_det, single_class=options.single_cls,
+        output=output, verbose=options.verbose or len(names) < 50,
+    )  # fmt: skip
+    shape = (batch_size, 3, image_size, image_size)
+    speed = result.speed
+    LOGGER.info(
+        f"Speed: {speed['preprocess']:.1f}ms pre-process, {speed['inference']:.1f}ms inference, "
+        f"{speed['nms']:.1f}ms NMS per image at shape {shape}"
+    )
+    LOGGER.info(f"Results saved to {output.folder}")
+    return result
+
+
+def _output_options(file: str | Path, options: argparse.Namespace, spec: DatasetSpec) -> OutputOptions:
+    folder = increment_path(Path(options.project) / options.name, exist_ok=options.exist_ok, make=True)
+    is_coco = spec.is_coco or str(options.data).endswith("coco.yaml")
+    wants_json = (options.save_json or is_coco) and options.task != "speed"
+    annotations = Path(spec.path) / "annotations" / "instances_val2017.json"
+    return OutputOptions(
+        folder=folder,
+        plots=not options.noplots,
+        text=options.save_txt or options.save_hybrid,
+        confidence=options.save_conf,
+        hybrid=options.save_hybrid,
+        json=folder / f"{Path(file).stem}_predictions.json" if wants_json else None,
+        annotations=annotations if is_coco and annotations.is_file() else None,
+        coco_numbers=is_coco,
+    )
+
+
+def study(
+    options: argparse.Namespace, spec: DatasetSpec, files: list[str | Path], device: torch.device
+) -> list[Evaluation]:
+    """Sweeps the image size; writes ``study_<data>_<weights>.txt`` with one row per size, and ``study.png``."""
+    options.save_json, options.noplots = False, True
+    project, results, curves = Path(options.project), [], {}
+    for file in files:
+        rows = []
+        for size in STUDY_SIZES:
+            result = run_file(file, options, spec, size, device)
+            results.append(result)
+            speed = [result.speed[key] for key in ("preprocess", "inference", "nms")]
+            rows.append([size, result.precision, result.recall, result.map50, result.map, *speed])
+        curves[Path(file).stem] = np.array(rows)
+        name = f"study_{Path(options.data).stem}_{Path(file).stem}.txt"
+        header = "size precision recall mAP50 mAP50-95 preprocess_ms inference_ms nms_ms"
+        np.savetxt(project / name, rows, fmt="%10.4g", header=header)
+    plot_study(curves, project / "study.png")
+    LOGGER.info(f"Study saved to {project}")
+    return results
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    options = parse_options(arguments)
+    try:
+        run(options)
+    except UserError as error:
+        LOGGER.error(f"val.py: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
