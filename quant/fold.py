@@ -1,8 +1,8 @@
 """Folding: a quantization-aware network -> an integer network in which nothing of the training apparatus is left.
 
 * Batch norm: y = gamma * (conv - mean) / sigma + beta. The codes keep their value and the step of output channel o
-  becomes step_o * |gamma_o| / sigma_o; a negative gamma flips the signs of the channel's codes, which the narrow grid allows;
-  gamma = 0 gives zero codes.
+  becomes step_o * |gamma_o| / sigma_o; a negative gamma flips the signs of the channel's codes, which the narrow grid
+  allows; gamma = 0 gives zero codes.
 * GABFusion: quantizing K * alpha_i * F_i with step d is quantizing F_i with step d / (K * alpha_i). Branch i gets that
   step, all branches share d behind the concatenation. Constant statistics (``fold: finetune``) add a gain, which joins
   the factor, and a shift of whole steps, which joins the zero point.

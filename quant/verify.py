@@ -31,8 +31,9 @@ LAYER_TOLERANCE = 1e-5
 # Absolute and relative difference of outputs (pixels, probabilities) that float rounding explains.
 OUTPUT_TOLERANCE = 1e-4
 HALF_TOLERANCE = 2e-2
-# Relative L2 distance beyond which flipped codes no longer explain that outputs differ.
-GROSS_DIFFERENCE = 0.1
+# Relative L2 distance beyond which flipped codes no longer explain that outputs differ. Flips multiply from layer to
+# layer until the rounding noise of both sides is unrelated, which is 1 % at 8 bits and tens of percent at 2.
+GROSS_DIFFERENCE = 0.5
 
 
 @dataclass

@@ -17,11 +17,11 @@ def reference(x, step, zero_point, qmin, qmax, upstream):
         v = value / step
         rounded = round(v)  # Python rounds half to even, as ONNX does
         y.append(min(max(rounded, low), high) * step)
-        if v < low:
+        if v <= low:
             dx.append(0.0)
             ds += gradient * low
             dz += gradient * -step
-        elif v > high:
+        elif v >= high:
             dx.append(0.0)
             ds += gradient * high
             dz += gradient * -step

@@ -1,0 +1,1 @@
+"""Quantization-aware training: quantizers, GABFusion, ADA, calibration and folding."""
