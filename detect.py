@@ -213,9 +213,7 @@ def run(options: argparse.Namespace) -> Path:
             images = image_to_tensor(frame.image, size, int(backend.stride), backend.is_pt, device)
         before = watches[1].total
         with watches[1]:
-            batch = images.expand(backend.fixed_batch or 1, -1, -1, -1).contiguous()
-            outcome = backend(batch)
-            decoded = (outcome[0] if isinstance(outcome, tuple | list) else outcome)[:1]
+            decoded, _raw = backend(images)
         with watches[2]:
             found = non_max_suppression(
                 decoded, options.conf_thres, options.iou_thres, options.classes, options.agnostic_nms,

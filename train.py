@@ -37,7 +37,14 @@ from utils.paths import ROOT, increment_path
 from utils.plots import plot_labels, plot_results
 
 # What holds where neither a flag nor the data set's `defaults:` says otherwise.
-DEFAULTS = {"imgsz": 640, "epochs": 100, "float_epochs": 100, "batch_size": 16, "cfg": "yolov5s.yaml"}
+DEFAULTS = {
+    "imgsz": 640,
+    "epochs": 100,
+    "float_epochs": 100,
+    "batch_size": 16,
+    "cfg": "yolov5s.yaml",
+    "hyp": "hyp.scratch-low.yaml",
+}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -47,7 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--weights", default="", help="checkpoint to start from, official or ours; empty: from scratch")
     add("--cfg", default=None, help="model YAML")
     add("--data", default="shapes.yaml", help="data set YAML")
-    add("--hyp", default="hyp.scratch-low.yaml", help="hyperparameter YAML")
+    add("--hyp", default=None, help="hyperparameter YAML; default: hyp.scratch-low.yaml")
     add("--epochs", type=int, default=None, help="epochs (with --quant: of the quantized phase; 0 calibrates only)")
     add("--batch-size", type=int, default=None, help="images per batch")
     add("--imgsz", "--img", "--img-size", type=int, default=None, help="image size in pixels")
@@ -106,7 +113,7 @@ def apply_defaults(options: argparse.Namespace, spec: DatasetSpec) -> None:
     if not quantized and options.epochs is None and "float_epochs" in from_data:
         options.epochs = from_data["float_epochs"]  # a float run has only the float phase's epochs
     for key, value in (DEFAULTS | from_data).items():
-        if getattr(options, key, None) is None or (key == "hyp" and options.hyp == "hyp.scratch-low.yaml"):
+        if getattr(options, key, None) is None:
             setattr(options, key, value)
 
 
@@ -135,7 +142,9 @@ def find_resume(value: str | bool) -> tuple[dict, Path]:
 def prepare_run(options: argparse.Namespace, save_dir: Path | None) -> tuple[Run, DetectionModel, bool]:
     """Checks everything that can be checked, then opens the data and makes the run folder."""
     check_options(options)
+    # Noted before defaults fill the gaps, and kept in checkpoints, so that a resumed run decides alike.
     options.cfg_given = getattr(options, "cfg_given", options.cfg is not None)
+    options.float_phase_asked = getattr(options, "float_phase_asked", bool(options.float_epochs))
     spec = load_dataset_yaml(options.data)
     apply_defaults(options, spec)
     hyp = load_hyp(options.hyp)
@@ -229,7 +238,6 @@ def command_line() -> int:
     """Entry point: user errors become one line and exit code 1."""
     try:
         options = parse_arguments()
-        options.float_phase_asked = bool(options.float_epochs)
         main(options)
     except UserError as error:
         LOGGER.error(f"ERROR: {error}")

@@ -33,6 +33,7 @@ from utils.results import newest_weights, save_text
 from utils.timing import Stopwatch
 
 HEADER = ("%22s" + "%11s" * 6) % ("Class", "Images", "Instances", "P", "R", "mAP50", "mAP50-95")
+BAR = "{desc}: {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
 ROW = "%22s" + "%11i" * 2 + "%11.3g" * 4
 PLOTTED_BATCHES = 3
 TASKS = ("val", "test", "train", "speed", "study")
@@ -116,11 +117,12 @@ def evaluate(
     collector = _Collector(names, device, single_class, output)
     watches = {name: Stopwatch(device) for name in ("preprocess", "inference", "nms")}
     losses, batches = torch.zeros(3, device=device), 0
-    for images, targets, paths, shapes in tqdm(loader, desc=HEADER, disable=not report, dynamic_ncols=False, ncols=110):
+    for images, targets, paths, shapes in tqdm(loader, HEADER, disable=not report, bar_format=BAR):
         with watches["preprocess"]:
             images, targets = _to_device(model, images, device), targets.to(device).clone()
         with watches["inference"]:
-            decoded, raw = _forward(model, images)
+            outcome = model(images)
+            decoded, raw = outcome if isinstance(outcome, tuple | list) else (outcome, None)
         if loss is not None and raw is not None:
             losses += loss(raw, targets)[1]
         height, width = images.shape[2:]
@@ -142,6 +144,8 @@ def evaluate(
     result.speed = {name: watch.total / max(result.images, 1) * 1e3 for name, watch in watches.items()}
     if report:
         log_table(result, names, verbose)
+    if output.json is not None:
+        collector.run_coco(result)
     return result
 
 
@@ -149,19 +153,6 @@ def _to_device(model: object, images: Tensor, device: torch.device) -> Tensor:
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     images = images.to(device, non_blocking=True)
     return images.to(torch.float32 if parameter is None else parameter.dtype) / 255
-
-
-def _forward(model: Callable, images: Tensor) -> tuple[Tensor, list[Tensor] | None]:
-    """Runs the model; a graph with a fixed batch gets the missing images as zeros."""
-    fixed = getattr(model, "fixed_batch", None)
-    number = len(images)
-    if fixed and number < fixed:
-        images = torch.cat((images, images.new_zeros(fixed - number, *images.shape[1:])))
-    outcome = model(images)
-    decoded, raw = outcome if isinstance(outcome, tuple | list) else (outcome, None)
-    if raw is not None and len(images) != number:
-        raw = [level[:number] for level in raw]
-    return decoded[:number], raw
 
 
 class _Collector:
@@ -203,7 +194,7 @@ class _Collector:
         self.images += len(detections)
 
     def finish(self) -> Evaluation:
-        """Computes the metrics and writes plots and JSON."""
+        """Computes the metrics and draws the charts."""
         if self.images:
             arrays = [torch.cat(parts).numpy() for parts in (self.correct, self.scores, self.predicted, self.actual)]
         else:
@@ -214,13 +205,10 @@ class _Collector:
             plot_class_curves(per_class, self.names, self.output.folder)
             labels = [self.names[i] for i in sorted(self.names)]
             plot_confusion_matrix(self.confusion.matrix, labels, self.output.folder / "confusion_matrix.png")
-        if self.keep:
-            result.coco = self._coco()
-            if self.output.annotations is not None:
-                result.map, result.map50 = result.coco
         return result
 
-    def _coco(self) -> tuple[float, float]:
+    def run_coco(self, result: Evaluation) -> None:
+        """Writes the JSON file and evaluates it; COCO's own annotations decide over the result's mAP."""
         identifiers = image_identifiers([entry[0] for entry in self.kept])
         categories = category_ids_for(self.names, self.output.coco_numbers)
         rows, sizes, labels = [], {}, {}
@@ -231,7 +219,9 @@ class _Collector:
         self.output.json.write_text(json.dumps(rows), encoding="utf-8")
         LOGGER.info(f"Evaluating {self.output.json} with pycocotools...")
         annotations = self.output.annotations or ground_truth(sizes, labels, self.names, categories)
-        return coco_evaluate(annotations, rows, list(sizes))
+        result.coco = coco_evaluate(annotations, rows, list(sizes))
+        if self.output.annotations is not None:
+            result.map, result.map50 = result.coco
 
 
 def _plot_batch(

@@ -33,9 +33,9 @@ class Drawing:
 
     train_images: int = 400
     val_images: int = 120
-    image_size: int = 192  # pixels
-    objects: tuple[int, int] = (3, 9)  # per image, from and to
-    diameter: tuple[float, float] = (9.0, 96.0)  # pixels around a shape, drawn log-uniformly
+    image_size: int = 128  # pixels
+    objects: tuple[int, int] = (3, 8)  # per image, from and to
+    diameter: tuple[float, float] = (11.0, 64.0)  # pixels around a shape, drawn log-uniformly
     squeeze: float = 0.8  # a shape's narrowest width as a share of its length
     minimum_visible: float = 0.6  # share of an object that later ones and the image's edge must leave
     minimum_box: int = 6  # pixels; the shorter side of a visible extent

@@ -37,7 +37,8 @@ def build_float_model(options: argparse.Namespace, names: dict[int, str]) -> tup
             f"--weights {options.weights} is quantized already. Give float weights, or continue its run with --resume"
         )
     given_cfg = options.cfg_given
-    model = DetectionModel(options.cfg if given_cfg else weights.model_yaml, nc=len(names))
+    source = options.cfg if given_cfg else {**weights.model_yaml, "yaml_file": weights.path.name}
+    model = DetectionModel(source, nc=len(names))
     transfer(model, weights.state_dict, ("anchor",) if given_cfg else (), options.weights)
     model.names = names
     fits = not given_cfg and list(weights.names.values()) == list(names.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,9 @@ class Run:
         self.weights_dir.mkdir(parents=True, exist_ok=True)
         self.names = {0: "item"} if options.single_cls and spec.nc != 1 else dict(spec.names)
         self.config: QuantConfig | None = None
-        shared = {"workers": options.workers, "single_class": options.single_cls, "seed": options.seed}
+        # On 2 cores one loader process beside two compute threads beats two loaders; upstream's 8 are far too many.
+        workers = min(options.workers, max((os.cpu_count() or 2) // 2, 1))
+        shared = {"workers": workers, "single_class": options.single_cls, "seed": options.seed}
         shared |= {"num_classes": spec.nc, "cache": options.cache}
         # P6 models need multiples of 64; images padded to 64 serve P5 models as well only at a cost, so ask the model.
         self.stride = options.stride

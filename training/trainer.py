@@ -29,8 +29,8 @@ from utils.optim import (
     Warmup,
     accumulation_steps,
     build_optimizer,
-    build_scheduler,
     describe_groups,
+    learning_rate_factor,
     scale_weight_decay,
     warmup_iterations,
 )
@@ -55,7 +55,6 @@ class Trainer:
         self._freeze_layers()
         self.ema = ModelEMA(model, self.hyp["ema_decay"], self.hyp["ema_tau"])
         self.optimizer = self._make_optimizer()
-        self.scheduler = build_scheduler(self.optimizer, phase.epochs, self.hyp["lrf"], options.cos_lr)
         self.amp = run.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=self.amp)
         self.stopper = EarlyStopping(options.patience)
@@ -95,6 +94,8 @@ class Trainer:
         )
         if self.phase.quantized and len(optimizer.param_groups) > QUANTIZER:
             self._separate_branch_weights(optimizer)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
         LOGGER.info(f"  {describe_groups(optimizer)}")
         return optimizer
 
@@ -122,7 +123,6 @@ class Trainer:
         )  # fmt: skip
         for epoch in range(self.first_epoch, self.phase.epochs):
             started = time.perf_counter()
-            self.scheduler.last_epoch = epoch
             parts = self._train_epoch(epoch, warmup)
             if self.quantized:
                 self.quantized.set_progress((epoch + 1) / self.phase.epochs)
@@ -140,10 +140,13 @@ class Trainer:
         self.log.close()
         self._finalise()
 
+    def _schedule(self, epoch: int) -> float:
+        """Share of the initial learning rates at the start of ``epoch``."""
+        return learning_rate_factor(epoch, max(self.phase.epochs, 1), self.hyp["lrf"], self.options.cos_lr)
+
     def _step_schedule(self, epoch: int) -> None:
-        factor = self.scheduler.lr_lambdas[0](epoch + 1)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+            group["lr"] = group["initial_lr"] * self._schedule(epoch + 1)
 
     def _train_epoch(self, epoch: int, warmup: Warmup) -> Tensor:
         """One pass over the training images; returns the mean loss parts (3,)."""
@@ -162,7 +165,7 @@ class Trainer:
         for index, (images, targets, paths, _) in enumerate(bar):
             iteration = epoch * batches + index
             if warmup.active(iteration):
-                accumulate = warmup.step(iteration, self.scheduler.lr_lambdas[0](epoch))
+                accumulate = warmup.step(iteration, self._schedule(epoch))
             if self.quantized:
                 self.quantized.set_progress(iteration / (batches * self.phase.epochs))
             if epoch == 0 and index < 3 and not self.options.noplots and not self.phase.prefix:
@@ -269,14 +272,11 @@ class Trainer:
         self.quantized.average = self.ema.ema
         rate = self.hyp["finetune_lr"]
         self.optimizer = build_optimizer(self.model, "Adam", rate, 0.9, 0.0, rate)
-        batches = len(self.run.train_loader)
         idle = Warmup(self.optimizer, 0, 0.0, 0.9, 0.9, self.options.batch_size, self.hyp["nominal_batch"])
         self.model.train()
         started = time.perf_counter()
         epochs = self.phase.epochs
-        strength = self.quantized.strength
-        parts = self._train_epoch(epochs, idle) if batches else torch.zeros(3)
-        self.quantized.strength = strength
+        parts = self._train_epoch(epochs, idle)
         result = self.run.evaluate(self.ema.ema, self.loss, plots=True)
         self._finish_epoch(epochs, parts, [rate] * 3, result, time.perf_counter() - started)
 

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from utils.errors import UserError
+from utils.optim import NOMINAL_BATCH
 from utils.paths import ROOT
 
 DEFAULT_FILE = ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"
@@ -26,7 +27,8 @@ QUANTIZED_DEFAULTS: dict[str, float] = {
     "quant_ema_tau": 100.0,  # updates until the average forgets its start
     "quant_finetune_lr": 2e-5,  # Adam, one epoch, after `fold: finetune` (arXiv 2511.05898)
 }
-OPTIONAL = ("anchors",)
+# Keys that upstream files lack or rarely have: anchors per level, images per optimizer step (64).
+OPTIONAL = ("anchors", "nominal_batch")
 
 
 def load_hyp(path: str | Path) -> dict[str, Any]:
@@ -71,6 +73,6 @@ def _read(file: Path) -> dict[str, Any]:
 def phase_hyp(hyp: dict[str, Any], quantized: bool) -> dict[str, Any]:
     """The hyperparameters of one phase under their plain names: in the quantized one ``quant_lr0`` becomes ``lr0``."""
     if not quantized:
-        return {**hyp, "nominal_batch": 64, "ema_decay": 0.9999, "ema_tau": 2000.0}
+        return {"nominal_batch": NOMINAL_BATCH, **hyp, "ema_decay": 0.9999, "ema_tau": 2000.0}
     renamed = {key.removeprefix("quant_"): value for key, value in hyp.items() if key.startswith("quant_")}
     return {**hyp, **renamed, "warmup_bias_lr": 0.0, "warmup_momentum": renamed["momentum"]}

@@ -35,8 +35,8 @@ class Annotator:
     def __init__(self, image: np.ndarray, line_width: int | None = None) -> None:
         self.image = np.ascontiguousarray(image)
         self.line_width = line_width or max(round(sum(image.shape[:2]) / 2 * 0.003), 2)
-        self.font_scale = max(self.line_width / 3.5, 0.4)
-        self.font_width = max(self.line_width - 1, 1)
+        self.font_scale = max(self.line_width / 6, 0.4)
+        self.font_width = max(self.line_width // 2, 1)
 
     def box(self, corners: Sequence[float], caption: str = "", color: tuple[int, int, int] = (128, 128, 128)) -> None:
         """Draws one box x1, y1, x2, y2 in pixels; the caption stands on its top edge, or inside if there is no room."""

@@ -1,0 +1,226 @@
+"""Fine-tunes a pretrained detector on data sets in float and at 4 bit, with and without GABFusion and ADA.
+
+    python benchmarks/real_data.py --weights yolov5n.pt --data bccd.yaml deeppcb.yaml --output runs/real
+
+For each data set: float fine-tuning, then --quant lsq --bits 4 plain, with --gabfusion, with --ada, with both (same
+epochs, same seed, same start), evaluation of each last epoch on the test split (val where there is none), export, and
+evaluation of the ONNX. What is done already is not done again, so the command can be repeated after an interruption.
+Tables go to docs/results.md between the markers of this benchmark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from quant.gabfusion import fusion_nodes  # noqa: E402
+from quant.prepare import model_from_checkpoint  # noqa: E402
+from training.run import Run  # noqa: E402
+from utils.checkpoint import load_checkpoint  # noqa: E402
+from utils.dataset_yaml import load_dataset_yaml  # noqa: E402
+from utils.log import LOGGER  # noqa: E402
+from utils.run_log import read_results  # noqa: E402
+
+VARIANTS = {
+    "plain": [],
+    "+ GABFusion": ["--gabfusion"],
+    "+ GABFusion (feedback)": ["--gabfusion", "feedback"],
+    "+ ADA": ["--ada"],
+    "+ GABFusion + ADA": ["--gabfusion", "--ada"],
+}
+
+
+def run_script(script: str, *arguments: str) -> str:
+    """Runs one of the project's commands and returns what it printed; its errors end the benchmark."""
+    command = [sys.executable, str(ROOT / script), *arguments]
+    LOGGER.info("$ " + " ".join(["python", script, *arguments]))
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def accuracy(weights: Path, data: str, task: str, options: argparse.Namespace) -> dict[str, float]:
+    """P, R, mAP50, mAP50-95 as val.py prints them, kept in a JSON file beside the weights."""
+    file = weights.with_suffix(weights.suffix + f".{task}.json")
+    if not file.exists():
+        arguments = ["--weights", str(weights), "--data", data, "--imgsz", str(options.imgsz), "--task", task]
+        arguments += ["--workers", "1", "--batch-size", "16", "--project", str(options.output / "val")]
+        output = run_script("val.py", *arguments)
+        line = next(line for line in output.splitlines() if line.split()[:1] == ["all"])
+        values = dict(zip(("P", "R", "mAP50", "mAP"), map(float, line.split()[-4:]), strict=True))
+        file.write_text(json.dumps(values))
+    return json.loads(file.read_text())
+
+
+def train_once(name: str, data: str, options: argparse.Namespace, *arguments: str) -> Path:
+    """One training run unless it has been finished before; returns its folder."""
+    folder = options.output / name
+    last = folder / "weights" / "last.pt"
+    if last.exists() and load_checkpoint(last).get("finished"):
+        return folder
+    common = ["--data", data, "--imgsz", str(options.imgsz), "--batch-size", "16", "--workers", "1", "--cache"]
+    common += ["--hyp", options.hyp, "--noval", "--seed", str(options.seed)]
+    output = run_script("train.py", *common, "--project", str(options.output), "--name", name, "--exist-ok", *arguments)
+    (folder / "log.txt").write_text(output)
+    return folder
+
+
+def branch_ratios(folder: Path, data: str, options: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """Largest over smallest branch gradient at each fusion node: with equal factors, and with the trained ones.
+
+    Both are measured on the same training batches, with the trained weights.
+    """
+    file = folder / "branch_ratios.json"
+    if not file.exists():
+        checkpoint = load_checkpoint(folder / "weights" / "last.pt")
+        settings = argparse.Namespace(**checkpoint["options"])
+        settings.batch_size, settings.augment = 16, False
+        run = Run(settings, load_dataset_yaml(data), checkpoint["hyp"], options.output / "balance")
+        ratios = {}
+        for column, equal in enumerate((True, False)):
+            model = model_from_checkpoint(checkpoint).train()
+            for node in fusion_nodes(model).values():
+                if equal:
+                    node.logits.data.zero_()
+                node.balance = "measured"  # neither trained nor moved
+            loss = run.make_loss(model)
+            run.train_loader.set_epoch(0)
+            for index, (images, targets, _, _) in enumerate(run.train_loader):
+                loss(model(images.float() / 255), targets)[0].backward()
+                for node in fusion_nodes(model).values():
+                    node.update_balance()
+                if index == 9:
+                    break
+            for name, node in fusion_nodes(model).items():
+                ratios.setdefault(name, [0.0, 0.0])[column] = float(
+                    node.energy_average.max() / node.energy_average.min()
+                )
+        file.write_text(json.dumps(ratios))
+    return json.loads(file.read_text())
+
+
+def measure(data: str, options: argparse.Namespace) -> list[str]:
+    """All runs on one data set; returns its part of the report."""
+    stem = Path(data).stem
+    spec = load_dataset_yaml(data)
+    task = "test" if spec.test else "val"
+    float_epochs, epochs = options.float_epochs[stem], options.epochs[stem]
+    float_run = train_once(
+        f"{stem}_float", data, options, "--weights", options.weights, "--epochs", str(float_epochs)
+    )  # fmt: skip
+    start = float_run / "weights" / "last.pt"
+    rows = [("float", accuracy(start, data, task, options), None, None)]
+    zero = train_once(f"{stem}_calibrated", data, options, "--weights", str(start), "--quant", "lsq", "--epochs", "0")
+    rows.append(("w4a4 calibrated only", accuracy(zero / "weights" / "last.pt", data, task, options), None, None))
+    lines = []
+    for name, flags in VARIANTS.items():
+        safe = stem + "_" + "".join(c if c.isalnum() else "_" for c in name)
+        quantized = ["--weights", str(start), "--quant", "lsq", "--bits", "4", "--epochs", str(epochs)]
+        folder = train_once(safe, data, options, *quantized, *flags)
+        weights = folder / "weights" / "last.pt"
+        if not weights.with_suffix(".onnx").exists():
+            output = run_script("export.py", "--weights", str(weights), "--imgsz", str(options.imgsz), "--dynamic")
+            (folder / "export.txt").write_text(output)
+        onnx = accuracy(weights.with_suffix(".onnx"), data, task, options)
+        ratio = read_results(folder / "results.csv")[-1].get("quant/ada_gradient_ratio")
+        rows.append((f"w4a4 {name}", accuracy(weights, data, task, options), onnx, ratio))
+        if "--gabfusion" in flags and "--ada" not in flags:
+            ratios = branch_ratios(folder, data, options)
+            lines += [
+                f"Branch gradients of {stem}, {name}: largest over smallest, equal factors -> trained factors:",
+                "",
+            ]
+            lines += [f"* `{node}`: {before:.2f} -> {after:.2f}" for node, (before, after) in ratios.items()] + [""]
+    return table(stem, task, len(spec.names), float_epochs, epochs, rows) + lines
+
+
+def table(stem: str, task: str, classes: int, float_epochs: int, epochs: int, rows: list) -> list[str]:
+    """The Markdown table of one data set."""
+    reference = rows[0][1]["mAP50"]
+    lines = [f"### {stem} ({task} split, {classes} classes; {float_epochs} float, {epochs} quantized epochs)", ""]
+    lines += ["| network | P | R | mAP50 | mAP50-95 | gap mAP50 | ONNX mAP50 / mAP50-95 | ADA : task gradient |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for name, values, onnx, ratio in rows:
+        gap = "" if name == "float" else f"{(values['mAP50'] - reference) * 100:+.1f}"
+        exported = "" if onnx is None else f"{onnx['mAP50']:.3f} / {onnx['mAP']:.3f}"
+        share = "" if ratio is None else f"{ratio:.1%}"
+        lines.append(
+            f"| {name} | {values['P']:.3f} | {values['R']:.3f} | {values['mAP50']:.3f} | {values['mAP']:.3f} | {gap} "
+            f"| {exported} | {share} |"
+        )
+    return [*lines, ""]
+
+
+def write_section(marker: str, lines: list[str], file: Path = ROOT / "docs" / "results.md") -> None:
+    """Replaces the part of ``file`` between this benchmark's markers, or appends it."""
+    begin, end = f"<!-- begin {marker} -->", f"<!-- end {marker} -->"
+    text = file.read_text(encoding="utf-8") if file.exists() else "# Results\n"
+    section = "\n".join([begin, *lines, end])
+    if begin in text:
+        head, rest = text.split(begin, 1)
+        text = head + section + rest.split(end, 1)[1]
+    else:
+        text = text.rstrip() + "\n\n" + section + "\n"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+
+
+def machine() -> str:
+    """Processor, threads and library versions, as results quote them."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def pairs(values: list[str]) -> dict[str, int]:
+    """``bccd=20`` pairs as a dict."""
+    return {name: int(number) for name, number in (value.split("=") for value in values)}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", required=True, help="pretrained float weights")
+    parser.add_argument("--data", nargs="+", required=True, help="data set YAMLs")
+    parser.add_argument("--imgsz", type=int, default=320)
+    parser.add_argument("--hyp", default="hyp.finetune.yaml")
+    parser.add_argument("--float-epochs", nargs="+", default=["bccd=20", "deeppcb=7"], help="NAME=N ...")
+    parser.add_argument("--epochs", nargs="+", default=["bccd=10", "deeppcb=4"], help="NAME=N ...")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "real")
+    options = parser.parse_args()
+    shown = copy.copy(options)
+    options.float_epochs, options.epochs = pairs(options.float_epochs), pairs(options.epochs)
+    options.output = options.output.resolve()
+    options.weights = str(Path(options.weights).resolve())
+    lines = ["## Fine-tuning on real images, float against 4 bit", ""]
+    names = " ".join(Path(data).name for data in options.data)
+    command = f"python benchmarks/real_data.py --weights {Path(options.weights).name} --data {names}"
+    command += (
+        f" --imgsz {options.imgsz} --epochs {' '.join(shown.epochs)} --float-epochs {' '.join(shown.float_epochs)}"
+    )
+    lines += [f"`{command}`", "", f"{date.today().isoformat()}, {machine()}. One seed; each row is the last epoch, so "]
+    lines[-1] += "nothing is selected on the split that is reported."
+    lines.append("")
+    for data in options.data:
+        lines += measure(str(Path(data).resolve()), options)
+        write_section("real_data", lines)
+
+
+if __name__ == "__main__":
+    main()

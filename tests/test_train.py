@@ -1,0 +1,210 @@
+"""Whole training runs on a few drawn images with a small network: both phases, resuming, every fold mode, refusals."""
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+import yaml
+from small_detector import SMALL
+
+import export
+import train
+from quant.fold import fold
+from quant.gabfusion import fusion_nodes
+from quant.prepare import model_from_checkpoint
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+from utils.run_log import read_results
+
+FAST = ["--imgsz", "64", "--batch-size", "4", "--workers", "0", "--noplots", "--noautoanchor", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory):
+    file = tmp_path_factory.mktemp("cfg") / "small.yaml"
+    file.write_text(yaml.safe_dump(SMALL))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Eight training and four validation images with six classes."""
+    from data.shapes import CLASSES, Drawing, draw_shapes
+
+    root = tmp_path_factory.mktemp("data")
+    draw_shapes(root / "set", seed=3, drawing=Drawing(train_images=8, val_images=4, image_size=64))
+    file = root / "set.yaml"
+    names = dict(enumerate(CLASSES))
+    file.write_text(yaml.safe_dump({"path": "set", "train": "images/train", "val": "images/val", "names": names}))
+    return str(file)
+
+
+def run(project: Path, name: str, *arguments: str) -> Path:
+    options = train.parse_arguments([*FAST, "--project", str(project), "--name", name, *arguments])
+    return train.main(options)
+
+
+@pytest.fixture(scope="module")
+def both_phases(cfg, data, tmp_path_factory):
+    arguments = ["--cfg", cfg, "--data", data, "--quant", "lsq", "--bits", "4", "--gabfusion", "--ada"]
+    return run(tmp_path_factory.mktemp("runs"), "both", *arguments, "--float-epochs", "2", "--epochs", "4")
+
+
+def test_both_phases_leave_their_files(both_phases):
+    files = {str(p.relative_to(both_phases)) for p in both_phases.rglob("*") if p.is_file()}
+    expected = {"opt.yaml", "hyp.yaml", "quant.yaml", "results.csv", "float_results.csv"}
+    assert expected <= files
+    assert {f"weights/{name}.pt" for name in ("last", "best", "float_last", "float_best")} <= files
+    float_rows = read_results(both_phases / "float_results.csv")
+    rows = read_results(both_phases / "results.csv")
+    assert [len(float_rows), len(rows)] == [2, 4]
+    assert rows[0]["model.9.balance/factor0"] == pytest.approx(1, abs=0.1)
+    assert rows[0]["quant/ada_loss"] > 0 and rows[0]["quant/ada_gradient_ratio"] > 0
+    assert [row["quant/deployable"] for row in rows] == [0, 0, 0, 1]
+    assert [row["quant/strength"] for row in rows] == pytest.approx([1, 1, 0.375, 0])
+
+
+def test_best_is_a_deployable_network(both_phases):
+    checkpoint = load_checkpoint(both_phases / "weights" / "best.pt")
+    assert checkpoint["epoch"] == 3 and checkpoint["finished"]
+    model = model_from_checkpoint(checkpoint).eval()
+    assert all(node.is_identity for node in fusion_nodes(model).values())
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.isfinite(fold(model)(x)[0]).all()
+
+
+def test_float_start_is_used_as_it_is_when_the_classes_fit(both_phases, data, tmp_path):
+    start = both_phases / "weights" / "float_best.pt"
+    folder = run(
+        tmp_path, "a", "--weights", str(start), "--data", data, "--quant", "lsq", "--bits", "8", "--epochs", "0"
+    )
+    assert not (folder / "weights" / "float_last.pt").exists()
+    checkpoint = load_checkpoint(folder / "weights" / "best.pt")
+    assert checkpoint["quantization"]["weight"]["bits"] == 8
+    float_state = load_checkpoint(start)["ema"]
+    kept = [key for key in float_state if not key.endswith("num_batches_tracked")]
+    assert all(torch.equal(checkpoint["ema"][key], float_state[key]) for key in kept)  # calibrated only
+
+
+@pytest.mark.parametrize("fold_mode, balance", [("finetune", "learnable"), ("keep", "feedback"), ("finetune", "fixed")])
+def test_other_ways_of_folding(fold_mode, balance, both_phases, data, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    paper = balance == "fixed"
+    recipe.write_text(yaml.safe_dump({"gabfusion": {"fold": fold_mode, "balance": balance, "paper": paper}}))
+    start = both_phases / "weights" / "float_best.pt"
+    folder = run(
+        tmp_path, "f", "--weights", str(start), "--data", data, "--quant", "lsq", "--recipe", str(recipe),
+        "--epochs", "2",
+    )  # fmt: skip
+    best = folder / "weights" / "best.pt"
+    model = model_from_checkpoint(load_checkpoint(best)).eval()
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, actual = model(x)[1], fold(model)(x)[1]
+    for left, right in zip(expected, actual, strict=True):
+        close = ((left - right).abs() <= 1e-3 * left.abs().max()).float().mean()
+        assert close > 0.97
+    assert export.main(["--weights", str(best), "--imgsz", "64"]) == 0
+    operators = {node.op_type for node in onnx.load(best.with_suffix(".onnx")).graph.node}
+    assert ("ReduceMean" in operators) == (fold_mode == "keep")
+
+
+def states(file: Path) -> dict:
+    return load_checkpoint(file)["ema"]
+
+
+@pytest.mark.parametrize("phase", ["float", "quantized"])
+def test_interrupted_run_resumes_to_the_same_result(phase, cfg, data, tmp_path, monkeypatch):
+    """Stopped after two epochs and resumed, a run ends bit-identical to one that was not stopped."""
+    arguments = ["--cfg", cfg, "--data", data, "--quant", "lsq", "--bits", "4", "--gabfusion", "feedback", "--ada"]
+    arguments += ["--float-epochs", "3", "--epochs", "3"]
+    whole = run(tmp_path, "whole", *arguments)
+
+    from training.trainer import Trainer
+
+    finish = Trainer._finish_epoch
+
+    def stop_in(self, epoch, *rest):
+        result = finish(self, epoch, *rest)
+        if self.phase.name == phase and epoch == 1:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(Trainer, "_finish_epoch", stop_in)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "stopped", *arguments)
+    monkeypatch.undo()
+    name = "float_last.pt" if phase == "float" else "last.pt"
+    stopped = tmp_path / "stopped"
+    train.main(train.parse_arguments(["--resume", str(stopped / "weights" / name)]))
+    expected, actual = states(whole / "weights" / "last.pt"), states(stopped / "weights" / "last.pt")
+    assert expected.keys() == actual.keys()
+    assert [key for key in expected if not torch.equal(expected[key], actual[key])] == []
+    assert len(read_results(stopped / "results.csv")) == 3
+
+
+def test_a_finished_run_refuses_to_resume(both_phases):
+    with pytest.raises(UserError, match="nothing to resume"):
+        train.main(train.parse_arguments(["--resume", str(both_phases / "weights" / "last.pt")]))
+
+
+def test_plain_float_training_and_its_files(cfg, data, tmp_path):
+    folder = run(tmp_path, "float", "--cfg", cfg, "--data", data, "--epochs", "1")
+    assert {p.name for p in (folder / "weights").iterdir()} == {"last.pt", "best.pt"}
+    assert not (folder / "quant.yaml").exists()
+    header = (folder / "results.csv").read_text().splitlines()[0].split(",")
+    assert all(len(name) == 20 for name in header) and header[-1].strip() == "x/lr2"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--bits", "4"], "--bits needs --quant"),
+        (["--gabfusion"], "--gabfusion needs --quant"),
+        (["--quant", "lsqq"], "'lsqq' is not possible"),
+        (["--quant", "lsq", "--bits", "1"], "1 is not possible"),
+        (["--quant", "lsq", "--bits", "w4"], "write one number"),
+        (["--quant", "lsq", "--gabfusion", "sideways"], "'sideways' is not possible"),
+        (["--quant", "lsq", "--recipe", "nowhere.yaml"], "no such file"),
+        (["--weights", "nowhere.pt"], "does not exist"),
+        (["--hyp", "nowhere.yaml"], "no such file"),
+        (["--float-epochs", "3"], "without it use --epochs"),
+        (["--epochs", "-1"], "at least 0"),
+    ],
+)
+def test_refusals(arguments, message, data, cfg, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, "r", "--data", data, "--cfg", cfg, *arguments)
+    assert not (tmp_path / "r").exists()
+
+
+def test_wrong_teachers_and_starts_are_refused(both_phases, data, cfg, tmp_path):
+    weights = both_phases / "weights"
+    with pytest.raises(UserError, match="quantized already"):
+        run(tmp_path, "r", "--weights", str(weights / "best.pt"), "--data", data, "--quant", "lsq")
+    common = ["--weights", str(weights / "float_best.pt"), "--quant", "lsq", "--ada"]
+    with pytest.raises(UserError, match="must be a float checkpoint"):
+        run(tmp_path, "r", *common, "--data", data, "--teacher", str(weights / "best.pt"))
+    other = Path(data).parent / "other.yaml"
+    content = yaml.safe_load(Path(data).read_text())
+    content["names"] = {index: f"thing{index}" for index in range(6)}
+    other.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match="knows other classes"):
+        run(tmp_path, "r", *common, "--data", str(other), "--teacher", str(weights / "float_best.pt"))
+
+
+def test_missing_concat_is_refused_before_anything_is_trained(data, tmp_path):
+    plain = {**SMALL, "backbone": SMALL["backbone"][:6], "head": [[[2, 5], 1, "Detect", ["nc", "anchors"]]]}
+    cfg = tmp_path / "plain.yaml"
+    cfg.write_text(yaml.safe_dump(plain))
+    with pytest.raises(UserError, match="no Concat"):
+        run(tmp_path, "r", "--data", data, "--cfg", str(cfg), "--quant", "lsq", "--gabfusion")
+
+
+def test_user_errors_are_one_line_and_exit_code_1(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--weights", "nowhere.pt"])
+    assert train.command_line() == 1
+    output = capsys.readouterr().out.strip().splitlines()
+    assert output == ["ERROR: nowhere.pt does not exist. Give the path of a .pt file"]
