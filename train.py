@@ -44,6 +44,7 @@ DEFAULTS = {
     "batch_size": 16,
     "cfg": "yolov5s.yaml",
     "hyp": "hyp.scratch-low.yaml",
+    "optimizer": "SGD",
 }
 
 
@@ -68,7 +69,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="", help="cpu, 0, mps")
     add("--multi-scale", action="store_true", help="vary the image size by half, batch by batch")
     add("--single-cls", action="store_true", help="treat all classes as one")
-    add("--optimizer", choices=("SGD", "Adam", "AdamW"), default="SGD")
+    add("--optimizer", choices=("SGD", "Adam", "AdamW"), default=None, help="default: SGD")
     add("--workers", type=int, default=8, help="loader processes, at most one less than there are processors")
     add("--project", default=str(ROOT / "runs" / "train"), help="folder of runs")
     add("--name", default="exp", help="name of the run")

@@ -1,7 +1,7 @@
 """Draws the shapes data set: a few hundred small images with exact boxes, the same ones for the same seed.
 
-Objects are discs, rings, triangles, squares, stars and crosses of any colour, size and rotation, some overlapping, some
-cut by the image's edge, on plain, graded, striped, chequered or blotchy ground with clutter that is none of the six.
+Objects are rings, triangles, squares and stars of any colour, size and rotation, some overlapping, some cut by the
+image's edge, on plain, graded, striped, chequered or blotchy ground with clutter that is none of the four.
 """
 
 import json
@@ -20,7 +20,7 @@ from utils.errors import UserError
 from utils.images import write_image
 from utils.log import LOGGER
 
-CLASSES = ("disc", "ring", "triangle", "square", "star", "cross")
+CLASSES = ("ring", "triangle", "square", "star")
 STAMP_FILE = "drawn.json"
 VERSION = 1  # to be raised when the drawing code changes, so that older folders are drawn anew
 OVERSAMPLING = 4  # masks are drawn this many times larger and averaged down
@@ -34,15 +34,15 @@ class Drawing:
     train_images: int = 400
     val_images: int = 120
     image_size: int = 128  # pixels
-    objects: tuple[int, int] = (3, 8)  # per image, from and to
-    diameter: tuple[float, float] = (11.0, 64.0)  # pixels around a shape, drawn log-uniformly
+    objects: tuple[int, int] = (4, 9)  # per image, from and to
+    diameter: tuple[float, float] = (15.0, 64.0)  # pixels around a shape, drawn log-uniformly
     squeeze: float = 0.8  # a shape's narrowest width as a share of its length
-    minimum_visible: float = 0.6  # share of an object that later ones and the image's edge must leave
+    minimum_visible: float = 0.7  # share of an object that later ones and the image's edge must leave
     minimum_box: int = 6  # pixels; the shorter side of a visible extent
-    minimum_contrast: float = 60.0  # colour distance (RGB, 0..441) between an object and the ground under it
-    textured_objects: float = 0.35  # share of objects that are filled with stripes or a gradient
-    clutter: tuple[int, int] = (2, 10)  # strokes, arcs, blobs and bars per image
-    noise: float = 14.0  # largest standard deviation of the pixel noise
+    minimum_contrast: float = 90.0  # colour distance (RGB, 0..441) between an object and the ground under it
+    textured_objects: float = 0.2  # share of objects that are filled with stripes or a gradient
+    clutter: tuple[int, int] = (0, 3)  # strokes, arcs, blobs and bars per image
+    noise: float = 8.0  # largest standard deviation of the pixel noise
     blur: float = 0.9  # pixels; largest standard deviation of the final blur
 
 
@@ -56,22 +56,13 @@ def _star(inner: float = 0.42) -> np.ndarray:
     return _circle(points=10) * np.where(np.arange(10) % 2, inner, 1.0)[:, None]
 
 
-def _cross(arm: float = 0.3) -> np.ndarray:
-    end = (1 - arm**2) ** 0.5
-    quarter = np.array([(end, -arm), (end, arm), (arm, arm)])
-    turns = [np.array([(c, -s), (s, c)]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
-    return np.concatenate([quarter @ turn.T for turn in turns])
-
-
 def _outlines(category: str) -> list[np.ndarray]:
     """The polygons (points, 2) of a shape; a second one is a hole."""
     return {
-        "disc": lambda: [_circle()],
         "ring": lambda: [_circle(), _circle(0.55)],
         "triangle": lambda: [_circle(points=3)],
         "square": lambda: [_circle(points=4)],
         "star": lambda: [_star()],
-        "cross": lambda: [_cross()],
     }[category]()
 
 

@@ -27,8 +27,9 @@ QUANTIZED_DEFAULTS: dict[str, float] = {
     "quant_ema_tau": 100.0,  # updates until the average forgets its start
     "quant_finetune_lr": 2e-5,  # Adam, one epoch, after `fold: finetune` (arXiv 2511.05898)
 }
-# Keys that upstream files lack or rarely have: anchors per level, images per optimizer step (64).
-OPTIONAL = ("anchors", "nominal_batch")
+# Keys that upstream files lack or rarely have: anchors per level, images per optimizer step (64), and the float phase's
+# moving average (upstream's decay 0.9999 * (1 - exp(-updates / 2000)) averages next to nothing in 1,000 steps).
+OPTIONAL = ("anchors", "nominal_batch", "ema_decay", "ema_tau")
 
 
 def load_hyp(path: str | Path) -> dict[str, Any]:
@@ -73,6 +74,6 @@ def _read(file: Path) -> dict[str, Any]:
 def phase_hyp(hyp: dict[str, Any], quantized: bool) -> dict[str, Any]:
     """The hyperparameters of one phase under their plain names: in the quantized one ``quant_lr0`` becomes ``lr0``."""
     if not quantized:
-        return {"nominal_batch": NOMINAL_BATCH, **hyp, "ema_decay": 0.9999, "ema_tau": 2000.0}
+        return {"nominal_batch": NOMINAL_BATCH, "ema_decay": 0.9999, "ema_tau": 2000.0, **hyp}
     renamed = {key.removeprefix("quant_"): value for key, value in hyp.items() if key.startswith("quant_")}
     return {**hyp, **renamed, "warmup_bias_lr": 0.0, "warmup_momentum": renamed["momentum"]}
