@@ -244,6 +244,8 @@ def report(
     side = f"--imgsz {max(size)}"
     data = f" --data {options.data}" if options.data else ""
     LOGGER.info(f"Measure it:  python val.py --weights {files[0].path}{data} {side}")
+    if not options.dynamic:
+        LOGGER.info("             (its images are padded to squares; give --square to measure the .pt in the same way)")
     LOGGER.info(f"Use it:      python detect.py --weights {files[0].path} {side} --source image.jpg")
 
 

@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from models.yolo import DetectionModel
-from quant.config import build_config
+from quant.config import QuantConfig, build_config
 from quant.prepare import prepare
 from quant.report import float_bytes, quantized_bytes
 from training.phases import best_model, build_float_model, float_phase, load_teacher, quantized_phase, summarise
@@ -74,7 +74,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--project", default=str(ROOT / "runs" / "train"), help="folder of runs")
     add("--name", default="exp", help="name of the run")
     add("--exist-ok", action="store_true", help="write into an existing run folder")
-    add("--cos-lr", action="store_true", help="cosine instead of linear learning rate")
+    add("--cos-lr", action="store_true", default=None, help="cosine instead of linear learning rate")
     add("--label-smoothing", type=float, default=0.0)
     add("--patience", type=int, default=100, help="epochs without progress before stopping; 0: never stop")
     add("--freeze", nargs="+", type=int, default=[0], help="freeze layers 0..N-1, or the listed ones")
@@ -140,24 +140,39 @@ def find_resume(value: str | bool) -> tuple[dict, Path]:
     return checkpoint, file.resolve().parents[1]
 
 
-def prepare_run(options: argparse.Namespace, save_dir: Path | None) -> tuple[Run, DetectionModel, bool]:
-    """Checks everything that can be checked, then opens the data and makes the run folder."""
-    check_options(options)
+def prepare_run(options: argparse.Namespace, resume: dict | None = None, save_dir: Path | None = None):
+    """Checks everything that can be checked, then opens the data and makes the run folder.
+
+    A resumed run takes hyperparameters and quantization from itself, so that files edited since do not change it.
+
+    Returns:
+        The run, and the float network to start from.
+    """
+    if resume is None:
+        check_options(options)
     # Noted before defaults fill the gaps, and kept in checkpoints, so that a resumed run decides alike.
     options.cfg_given = getattr(options, "cfg_given", options.cfg is not None)
     options.float_phase_asked = getattr(options, "float_phase_asked", bool(options.float_epochs))
     spec = load_dataset_yaml(options.data)
     apply_defaults(options, spec)
-    hyp = load_hyp(options.hyp)
+    hyp = load_hyp(options.hyp) if resume is None else resume["hyp"]
     names = {0: "item"} if options.single_cls and spec.nc != 1 else dict(spec.names)
     limit_threads()
     seed_everything(options.seed + 1)
-    model, fits = build_float_model(options, names)
+    if resume is not None and options.needs_float:
+        model = DetectionModel(resume["model_yaml"])
+        model.names = names
+    else:
+        model, fits = build_float_model(options, names, hyp.get("anchors"))
+        options.needs_float = not fits or options.float_phase_asked
     config = None
     if options.quant or options.recipe:
-        config = build_config(options.quant, options.bits, options.gabfusion, options.ada, options.recipe, model.yaml)
-        if config.gabfusion.enabled:
-            prepare(copy.deepcopy(model), config)  # refuses a model without Concat before anything is trained
+        if resume is not None:
+            saved = yaml.safe_load((save_dir / "quant.yaml").read_text(encoding="utf-8"))
+            config = QuantConfig.from_dict(saved, str(save_dir / "quant.yaml"))
+        else:
+            config = quantization_of(options, model)
+    check_phases(options, config)
     if options.teacher:
         load_teacher(options.teacher, names)
     options.stride = max(int(model.stride.max()), 32)
@@ -168,12 +183,38 @@ def prepare_run(options: argparse.Namespace, save_dir: Path | None) -> tuple[Run
     prepare_dataset(spec)
     if save_dir is None:
         save_dir = increment_path(Path(options.project) / options.name, options.exist_ok, make=True)
+        for stale in (save_dir / "weights").glob("*.pt"):  # of a run that --exist-ok writes over
+            stale.unlink()
     run = Run(options, spec, hyp, save_dir)
     run.config = config
     for name, content in (("opt", vars(options)), ("hyp", hyp), ("quant", config.to_dict() if config else None)):
         if content is not None:
             (save_dir / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    return run, model, fits
+    return run, model
+
+
+def quantization_of(options: argparse.Namespace, model: DetectionModel) -> QuantConfig:
+    """The merged quantization; what the model cannot carry is refused here, before anything is trained."""
+    config = build_config(options.quant, options.bits, options.gabfusion, options.ada, options.recipe, model.yaml)
+    if options.teacher and not config.ada.enabled:
+        raise UserError("--teacher needs --ada: without it nothing is learned from a teacher")
+    last = model.detect.i
+    wrong = [index for index in config.ada.layers or [] if not 0 <= index < last]
+    if wrong:
+        raise UserError(f"ada.layers: {wrong[0]} is not a layer of this model; its layers are 0 to {last - 1}")
+    prepare(copy.deepcopy(model), config)
+    return config
+
+
+def check_phases(options: argparse.Namespace, config: QuantConfig | None) -> None:
+    """Raises UserError where a phase that is needed would have no epochs."""
+    if config is None and options.epochs == 0:
+        raise UserError("--epochs 0 trains nothing; it calibrates only together with --quant")
+    if config is not None and options.needs_float and options.float_epochs == 0:
+        raise UserError(
+            "--float-epochs 0: there is no float model of these classes yet. Give its checkpoint as --weights, or let "
+            "the float phase train one"
+        )
 
 
 def main(options: argparse.Namespace) -> Path:
@@ -182,7 +223,7 @@ def main(options: argparse.Namespace) -> Path:
     if options.resume:
         resume, save_dir = find_resume(options.resume)
         options = argparse.Namespace(**resume["options"])
-    run, model, fits = prepare_run(options, save_dir)
+    run, model = prepare_run(options, resume, save_dir)
     LOGGER.info(
         f"{model.info(options.imgsz)} on {run.device}, {torch.get_num_threads()} threads, run in {run.save_dir}"
     )
@@ -197,14 +238,13 @@ def main(options: argparse.Namespace) -> Path:
         finish_plots(run)
         LOGGER.info(f"Files are in {run.save_dir}")
         return run.save_dir
-    needs_float = not fits or options.float_phase_asked
-    if needs_float and phase != "quantized":
+    if options.needs_float and phase != "quantized":
         unfinished = resume if resume and not resume.get("finished") else None
         if resume and resume.get("finished"):
             model = best_model(run, Phase("float", 0, "float_"))
         else:
             model = float_phase(run, model, unfinished)
-    elif needs_float:
+    elif options.needs_float:
         model = best_model(run, Phase("float", 0, "float_"))
     model = model.to(run.device)
     teacher = None

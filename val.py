@@ -271,6 +271,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--name", default="exp")
     parser.add_argument("--exist-ok", action="store_true", help="write into an existing project/name")
     parser.add_argument("--half", action="store_true", help="16-bit floats, on CUDA only")
+    parser.add_argument("--square", action="store_true", help="pad to squares, the only shape a fixed-size ONNX takes")
     return parser.parse_args(arguments)
 
 
@@ -303,7 +304,7 @@ def run_file(
         raise UserError(
             f"{file} detects {backend.nc} classes, {options.data} names {len(spec.names)}: give weights trained on it"
         )
-    rect, batch_size = options.task != "speed", options.batch_size
+    rect, batch_size = options.task != "speed" and not options.square, options.batch_size
     if backend.fixed_size:
         height, width = backend.fixed_size
         if height != width:

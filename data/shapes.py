@@ -34,10 +34,10 @@ class Drawing:
     train_images: int = 400
     val_images: int = 120
     image_size: int = 128  # pixels
-    objects: tuple[int, int] = (4, 9)  # per image, from and to
-    diameter: tuple[float, float] = (15.0, 64.0)  # pixels around a shape, drawn log-uniformly
+    objects: tuple[int, int] = (3, 7)  # per image, from and to
+    diameter: tuple[float, float] = (16.0, 64.0)  # pixels around a shape, drawn log-uniformly
     squeeze: float = 0.8  # a shape's narrowest width as a share of its length
-    minimum_visible: float = 0.7  # share of an object that later ones and the image's edge must leave
+    minimum_visible: float = 0.8  # share of an object that later ones and the image's edge must leave
     minimum_box: int = 6  # pixels; the shorter side of a visible extent
     minimum_contrast: float = 90.0  # colour distance (RGB, 0..441) between an object and the ground under it
     textured_objects: float = 0.2  # share of objects that are filled with stripes or a gradient

@@ -228,12 +228,16 @@ def _from_dict(cls: type, values: Any, where: str, path: str) -> Any:
         if dataclasses.is_dataclass(default):
             value = _from_dict(type(default), _block(value, full), where, full)
         elif full == "layers":
+            if value is not None and not isinstance(value, dict):
+                raise UserError(f"{where}: layers must map regular expressions to bits, not {value!r}")
             value = {
                 str(pattern): _from_dict(LayerOverride, override, where, f"layers.{pattern}")
                 for pattern, override in (value or {}).items()
             }
         elif isinstance(default, bool) and not isinstance(value, bool):
             raise UserError(f"{where}: {full}: {value!r} is not true or false")
+        elif isinstance(default, int) and not isinstance(default, bool) and not isinstance(value, int):
+            raise UserError(f"{where}: {full}: {value!r} is not a whole number")
         elif isinstance(default, float) and isinstance(value, str):
             value = _float_from_text(value, where, full)  # YAML 1.1 reads 1e-3 as text
         arguments[key] = value

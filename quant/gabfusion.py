@@ -149,6 +149,7 @@ class GABFusion(nn.Module):
             gradient_scale: the loss scale of mixed precision, divided out.
         """
         energy = self.energy / gradient_scale
+        energy = torch.where(torch.isfinite(energy), energy, self.energy_average)
         first = self.updates == 0
         self.energy_average.copy_(torch.where(first, energy, self.energy_average.lerp(energy, self.beta)))
         self.updates += 1

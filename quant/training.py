@@ -43,7 +43,7 @@ class QuantizedTraining:
         self.strength = 0.0
         self.features: tuple[int, ...] = ()
         self.teacher: nn.Module | None = None
-        self._first_steps = {name: q.current_step().detach().mean() for name, q in quantizers(model).items()}
+        self.first_steps = {name: q.current_step().detach().mean() for name, q in quantizers(model).items()}
         self._ada_sum: Tensor | float = 0.0
         self._ada_count = 0
         self.gradient_ratio: float | None = None
@@ -211,10 +211,8 @@ class QuantizedTraining:
 
     def _check_steps(self) -> None:
         found = quantizers(self.model)
-        ratios = torch.stack(
-            [found[n].current_step().detach().mean() / first for n, first in self._first_steps.items()]
-        )
-        for name, ratio in zip(self._first_steps, ratios.tolist(), strict=True):
+        ratios = torch.stack([found[n].current_step().detach().mean() / first for n, first in self.first_steps.items()])
+        for name, ratio in zip(self.first_steps, ratios.tolist(), strict=True):
             if ratio < COLLAPSED_STEP:
                 self._warn(
                     name,

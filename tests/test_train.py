@@ -145,6 +145,40 @@ def test_interrupted_run_resumes_to_the_same_result(phase, cfg, data, tmp_path, 
     assert len(read_results(stopped / "results.csv")) == 3
 
 
+def test_interrupted_float_run_with_fitted_anchors_resumes_to_the_same_result(cfg, data, tmp_path, monkeypatch):
+    hyp = tmp_path / "hyp.yaml"
+    hyp.write_text("anchor_t: 1.05\n")  # no anchor fits that closely, so new ones are searched
+    from training.trainer import Trainer
+
+    def train_float(name):
+        options = ["--cfg", cfg, "--data", data, "--epochs", "3", "--hyp", str(hyp), "--imgsz", "64", "--workers", "0"]
+        options += ["--batch-size", "4", "--noplots", "--device", "cpu", "--project", str(tmp_path), "--name", name]
+        return train.main(train.parse_arguments(options))
+
+    whole = train_float("whole")
+    finish = Trainer._finish_epoch
+
+    def stop(self, epoch, *rest):
+        result = finish(self, epoch, *rest)
+        if epoch == 0:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(Trainer, "_finish_epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_float("stopped")
+    monkeypatch.undo()
+    train.main(train.parse_arguments(["--resume", str(tmp_path / "stopped" / "weights" / "last.pt")]))
+    expected, actual = states(whole / "weights" / "last.pt"), states(tmp_path / "stopped" / "weights" / "last.pt")
+    assert [key for key in expected if not torch.equal(expected[key], actual[key])] == []
+
+
+def test_rectangular_batches_can_be_quantized(both_phases, data, tmp_path):
+    start = both_phases / "weights" / "float_best.pt"
+    folder = run(tmp_path, "r", "--weights", str(start), "--data", data, "--rect", "--quant", "lsq", "--epochs", "1")
+    assert (folder / "weights" / "best.pt").exists()
+
+
 def test_a_finished_run_refuses_to_resume(both_phases):
     with pytest.raises(UserError, match="nothing to resume"):
         train.main(train.parse_arguments(["--resume", str(both_phases / "weights" / "last.pt")]))
@@ -172,6 +206,8 @@ def test_plain_float_training_and_its_files(cfg, data, tmp_path):
         (["--hyp", "nowhere.yaml"], "no such file"),
         (["--float-epochs", "3"], "without it use --epochs"),
         (["--epochs", "-1"], "at least 0"),
+        (["--epochs", "0"], "trains nothing"),
+        (["--quant", "lsq", "--float-epochs", "0"], "no float model of these classes"),
     ],
 )
 def test_refusals(arguments, message, data, cfg, tmp_path):

@@ -21,14 +21,16 @@ from utils.log import LOGGER
 from val import Evaluation
 
 
-def build_float_model(options: argparse.Namespace, names: dict[int, str]) -> tuple[DetectionModel, bool]:
+def build_float_model(
+    options: argparse.Namespace, names: dict[int, str], anchors: float | None = None
+) -> tuple[DetectionModel, bool]:
     """The float network to start from, and whether its weights already know the data's classes.
 
     Raises:
         UserError: missing or quantized weights.
     """
     if not options.weights:
-        model = DetectionModel(options.cfg, nc=len(names))
+        model = DetectionModel(options.cfg, nc=len(names), anchors=anchors)
         model.names = names
         return model, False
     weights = read_weights(options.weights)
@@ -38,10 +40,12 @@ def build_float_model(options: argparse.Namespace, names: dict[int, str]) -> tup
         )
     given_cfg = options.cfg_given
     source = options.cfg if given_cfg else {**weights.model_yaml, "yaml_file": weights.path.name}
-    model = DetectionModel(source, nc=len(names))
-    transfer(model, weights.state_dict, ("anchor",) if given_cfg else (), options.weights)
+    model = DetectionModel(source, nc=len(names), anchors=anchors)
+    keep_anchors = given_cfg or anchors is not None
+    _, skipped = transfer(model, weights.state_dict, ("anchor",) if keep_anchors else (), options.weights)
     model.names = names
-    fits = not given_cfg and list(weights.names.values()) == list(names.values())
+    same_classes = list(weights.names.values()) == list(names.values())
+    fits = same_classes and not [name for name in skipped if not name.endswith("anchors")]
     return model, fits
 
 
@@ -105,7 +109,10 @@ def quantized_phase(
     calibrated = None
     if resume is None:
         started = time.perf_counter()
-        calibrate(model, run.calibration_batches())
+        try:
+            calibrate(model, run.calibration_batches())
+        except ValueError as error:
+            raise UserError(f"calibration: {error}. Is the float model sound?") from None
         seconds = time.perf_counter() - started
         LOGGER.info(f"Calibrated on {run.config.calibration.images} images in {seconds:.1f} s. Noisiest weights:")
         LOGGER.info(format_report(layer_reports(model), 10))

@@ -44,7 +44,8 @@ class Run:
             spec.val, options.imgsz, options.batch_size * 2, self.stride, rect=True, pad=0.5, prefix="val", **shared
         )
         self.plain_set = copy.copy(self.train_set)  # the training images as validation sees them, for calibration
-        self.plain_set.augment = self.plain_set.mosaic = False
+        self.plain_set.augment = self.plain_set.mosaic = self.plain_set.rect = False
+        self.plain_set.batch_shapes = self.plain_set.batch_index = None  # square, so that images of all shapes stack
 
     def calibration_batches(self) -> list[Tensor]:
         """The images that set first ranges."""

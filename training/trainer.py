@@ -51,7 +51,6 @@ class Trainer:
         self.run, self.phase, self.options, self.model = run, phase, options, model.to(run.device)
         self.model.to(memory_format=torch.channels_last)  # 1.15 times faster on CPUs, more on GPUs with mixed precision
         self.hyp = phase_hyp(run.hyp, phase.quantized)
-        self.loss = run.make_loss(model)
         self._freeze_layers()
         self.ema = ModelEMA(model, self.hyp["ema_decay"], self.hyp["ema_tau"])
         self.optimizer = self._make_optimizer()
@@ -64,6 +63,7 @@ class Trainer:
             self.quantized = QuantizedTraining(model, self.ema.ema, run.config, teacher, phase.epochs)
         if start is not None:
             self._load(start)
+        self.loss = run.make_loss(model)  # after loading: it copies the anchors, which the float phase may have fitted
         columns = self.quantized.columns if self.quantized else ()
         events = run.save_dir if phase.prefix == "" else run.save_dir / phase.name
         self.log = RunLog(run.save_dir / f"{phase.prefix}results.csv", columns, self.first_epoch, events)
@@ -218,13 +218,16 @@ class Trainer:
         return images if side == size else nn.functional.interpolate(images, (side, side), mode="bilinear")
 
     def _optimize(self) -> None:
-        if self.quantized:
-            self.quantized.after_backward(self.scaler.get_scale() if self.amp else 1.0)
+        scale = self.scaler.get_scale() if self.amp else 1.0
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.amp and self.scaler.get_scale() < scale:
+            return  # gradients overflowed and the step was skipped
+        if self.quantized:
+            self.quantized.after_backward(scale)
         self.ema.update(self.model)
 
     def _finish_epoch(
@@ -255,7 +258,7 @@ class Trainer:
             best = result.fitness >= self.best_fitness
             self.best_fitness = max(self.best_fitness, result.fitness)
             stop = self.stopper.step(epoch, result.fitness)
-        if not self.options.nosave or epoch + 1 == self.phase.epochs or stop:
+        if not self.options.nosave or epoch + 1 >= self.phase.epochs or stop:
             checkpoint = self._checkpoint(epoch)
             save_checkpoint(checkpoint, self._file("last"))
             if best:
@@ -301,6 +304,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "stopper": self.stopper.state_dict(),
+            "first_steps": self.quantized.first_steps if self.quantized else None,
             "random": random_states(),
             "epoch": epoch,
             "best_fitness": self.best_fitness,
@@ -318,6 +322,8 @@ class Trainer:
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.stopper.load_state_dict(checkpoint["stopper"])
         self.best_fitness = checkpoint["best_fitness"]
+        if self.quantized:
+            self.quantized.first_steps = checkpoint["first_steps"]
         self.first_epoch = checkpoint["epoch"] + 1
         restore_random_states(checkpoint["random"])
         LOGGER.info(f"Resuming the {self.phase.name} phase at epoch {self.first_epoch + 1}/{self.phase.epochs}")

@@ -1,6 +1,7 @@
 """A moving average of a model's state: what is validated, saved and deployed."""
 
 import math
+from collections.abc import Iterator
 from copy import deepcopy
 
 import torch
@@ -16,6 +17,12 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers with their names, each tensor once."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 class ModelEMA:
@@ -56,10 +63,11 @@ class ModelEMA:
             torch._foreach_copy_(copied, source)
 
     def _pairs(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        # Looked up anew each time: Module.to() replaces buffers, so references kept from the start would go stale.
-        state = unwrap(model).state_dict()
+        # Looked up anew each time: Module.to() replaces buffers, so references kept from the start would go stale. Each
+        # tensor once, unlike in a state_dict: one that two modules share (a quantizer with two readers) moves once.
+        state = dict(_tensors(unwrap(model)))
         averaged, latest, copied, source = [], [], [], []
-        for name, value in self.ema.state_dict().items():
+        for name, value in _tensors(self.ema):
             new = state[name].detach()
             if value.is_floating_point() and name not in self._copied:
                 averaged.append(value)

@@ -115,6 +115,17 @@ def test_gradient_scale_of_mixed_precision_is_divided_out():
     torch.testing.assert_close(nodes[0].logits, nodes[1].logits)
 
 
+def test_an_overflow_does_not_reach_the_controller():
+    node = GABFusion(2, "feedback")
+    node.energy.copy_(torch.tensor([2.0, 1.0]))
+    node.update_balance()
+    before = node.logits.clone()
+    node.energy.copy_(torch.tensor([float("inf"), float("nan")]))
+    node.update_balance()
+    assert torch.isfinite(node.logits).all() and torch.isfinite(node.energy_average).all()
+    torch.testing.assert_close(node.logits, 2 * before)  # one more step from the old averages
+
+
 class Fused(nn.Module):
     def __init__(self, balance="learnable"):
         super().__init__()

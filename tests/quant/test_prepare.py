@@ -226,6 +226,17 @@ def test_steps_are_outside_weight_decay_and_inside_the_ema(quantized):
     assert ema.ema.model[5].conv.input_quantizer.step.item() == pytest.approx(2 * before)
 
 
+def test_ema_moves_a_shared_quantizer_once():
+    model = prepare(random_model(), QuantConfig.from_dict({"detect_bits": 4}))
+    shared = model.model[18].conv.input_quantizer
+    assert shared is model.detect.m[0].input_quantizer
+    ema = ModelEMA(model, decay=0.5, tau=1e-9)
+    with torch.no_grad():
+        shared.step.fill_(3.0)  # it was 1
+    ema.update(model)
+    assert ema.ema.model[18].conv.input_quantizer.step.item() == pytest.approx(2.0)
+
+
 def test_checkpoint_round_trip_keeps_every_quantizer_state(quantized, tmp_path):
     model = copy.deepcopy(quantized)
     with torch.no_grad():
