@@ -72,8 +72,14 @@ class ExportedGraph:
 # (An autograd.Function with a ``symbolic`` is traced through, and some versions of torch stumble over what they find.)
 
 
-@torch.library.custom_op(f"{DOMAIN}::activation_grid", mutates_args=())
-def _activation_grid(x: Tensor, steps: list[float], zero_points: list[int], limits: list[int], module: str) -> Tensor:
+# The schema is spelt out because torch 2.6 cannot infer one from list[float].
+GRID_SCHEMA = "(Tensor x, float[] steps, int[] zero_points, int[] limits, str module) -> Tensor"
+
+
+@torch.library.custom_op(f"{DOMAIN}::activation_grid", mutates_args=(), schema=GRID_SCHEMA)
+def _activation_grid(
+    x: Tensor, steps: Sequence[float], zero_points: Sequence[int], limits: Sequence[int], module: str
+) -> Tensor:
     codes = torch.clamp(torch.round(x / steps[0]) + zero_points[0], limits[0], limits[1])
     return (codes - zero_points[1]) * steps[1]
 
