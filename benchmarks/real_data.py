@@ -35,9 +35,9 @@ from utils.run_log import read_results  # noqa: E402
 VARIANTS = {
     "plain": [],
     "+ GABFusion": ["--gabfusion"],
-    "+ GABFusion (feedback)": ["--gabfusion", "feedback"],
     "+ ADA": ["--ada"],
     "+ GABFusion + ADA": ["--gabfusion", "--ada"],
+    "+ GABFusion (feedback)": ["--gabfusion", "feedback"],
 }
 
 

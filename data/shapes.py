@@ -39,7 +39,7 @@ class Drawing:
     squeeze: float = 0.8  # a shape's narrowest width as a share of its length
     minimum_visible: float = 0.8  # share of an object that later ones and the image's edge must leave
     minimum_box: int = 6  # pixels; the shorter side of a visible extent
-    minimum_contrast: float = 90.0  # colour distance (RGB, 0..441) between an object and the ground under it
+    minimum_contrast: float = 110.0  # colour distance (RGB, 0..441) between an object and the ground under it
     textured_objects: float = 0.2  # share of objects that are filled with stripes or a gradient
     clutter: tuple[int, int] = (0, 3)  # strokes, arcs, blobs and bars per image
     noise: float = 8.0  # largest standard deviation of the pixel noise

@@ -57,10 +57,10 @@ def test_images_keep_the_promises_of_their_constants():
     counts, sides = [], []
     for seed in range(40):
         image, rows = draw_image(np.random.default_rng(seed), drawing)
-        assert image.shape == (192, 192, 3)
+        assert image.shape == (drawing.image_size, drawing.image_size, 3)
         assert image.dtype == np.uint8
         assert rows[:, 1:].min() >= 0
-        assert rows[:, 1:].max() <= 192
+        assert rows[:, 1:].max() <= drawing.image_size
         size = rows[:, 3:] - rows[:, 1:3]
         assert size.min() >= drawing.minimum_box
         assert size.max() <= drawing.diameter[1] + 2
@@ -70,8 +70,8 @@ def test_images_keep_the_promises_of_their_constants():
             left, top, right, bottom = box
             assert image[top:bottom, left:right].std() > 5
     assert drawing.objects[0] <= np.mean(counts) <= drawing.objects[1]
-    assert min(sides) < 12
-    assert max(sides) > 80
+    assert min(sides) < 1.1 * drawing.diameter[0]
+    assert max(sides) > 0.9 * drawing.diameter[1]
 
 
 def test_the_same_seed_draws_the_same_files(tmp_path):
