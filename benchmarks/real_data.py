@@ -11,7 +11,6 @@ Tables go to docs/results.md between the markers of this benchmark.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import platform
 import subprocess
@@ -125,7 +124,8 @@ def measure(data: str, options: argparse.Namespace) -> list[str]:
     zero = train_once(f"{stem}_calibrated", data, options, "--weights", str(start), "--quant", "lsq", "--epochs", "0")
     rows.append(("w4a4 calibrated only", accuracy(zero / "weights" / "last.pt", data, task, options), None, None))
     lines = []
-    for name, flags in VARIANTS.items():
+    for name in options.variants:
+        flags = VARIANTS[name]
         safe = stem + "_" + "".join(c if c.isalnum() else "_" for c in name)
         quantized = ["--weights", str(start), "--quant", "lsq", "--bits", "4", "--epochs", str(epochs)]
         folder = train_once(safe, data, options, *quantized, *flags)
@@ -202,24 +202,24 @@ def main() -> None:
     parser.add_argument("--float-epochs", nargs="+", default=["bccd=20", "deeppcb=7"], help="NAME=N ...")
     parser.add_argument("--epochs", nargs="+", default=["bccd=10", "deeppcb=4"], help="NAME=N ...")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "real")
     options = parser.parse_args()
-    shown = copy.copy(options)
     options.float_epochs, options.epochs = pairs(options.float_epochs), pairs(options.epochs)
     options.output = options.output.resolve()
     options.weights = str(Path(options.weights).resolve())
-    lines = ["## Fine-tuning on real images, float against 4 bit", ""]
-    names = " ".join(Path(data).name for data in options.data)
-    command = f"python benchmarks/real_data.py --weights {Path(options.weights).name} --data {names}"
-    command += (
-        f" --imgsz {options.imgsz} --epochs {' '.join(shown.epochs)} --float-epochs {' '.join(shown.float_epochs)}"
-    )
-    lines += [f"`{command}`", "", f"{date.today().isoformat()}, {machine()}. One seed; each row is the last epoch, so "]
-    lines[-1] += "nothing is selected on the split that is reported."
-    lines.append("")
     for data in options.data:
-        lines += measure(str(Path(data).resolve()), options)
-        write_section("real_data", lines)
+        stem = Path(data).stem
+        command = f"python benchmarks/real_data.py --weights {Path(options.weights).name} --data {Path(data).name}"
+        command += f" --imgsz {options.imgsz} --epochs {stem}={options.epochs[stem]}"
+        command += f" --float-epochs {stem}={options.float_epochs[stem]}"
+        lines = ["## Fine-tuning on real images, float against 4 bit", "", f"`{command}`", ""]
+        lines += [
+            f"{date.today().isoformat()}, {machine()}. One seed; each row is the last epoch, so nothing is selected",
+            "",
+        ]
+        lines[-2] += " on the split that is reported."
+        write_section(f"real_data {stem}", lines + measure(str(Path(data).resolve()), options))
 
 
 if __name__ == "__main__":

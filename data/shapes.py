@@ -31,17 +31,17 @@ TRIES = 25  # positions that are tried for an object before it is given up
 class Drawing:
     """How much is drawn and how hard it is. Part of the folder's stamp: a change here draws the data set anew."""
 
-    train_images: int = 400
-    val_images: int = 120
+    train_images: int = 360
+    val_images: int = 100
     image_size: int = 128  # pixels
     objects: tuple[int, int] = (3, 7)  # per image, from and to
-    diameter: tuple[float, float] = (16.0, 64.0)  # pixels around a shape, drawn log-uniformly
+    diameter: tuple[float, float] = (17.0, 64.0)  # pixels around a shape, drawn log-uniformly
     squeeze: float = 0.8  # a shape's narrowest width as a share of its length
     minimum_visible: float = 0.8  # share of an object that later ones and the image's edge must leave
     minimum_box: int = 6  # pixels; the shorter side of a visible extent
-    minimum_contrast: float = 110.0  # colour distance (RGB, 0..441) between an object and the ground under it
+    minimum_contrast: float = 130.0  # colour distance (RGB, 0..441) between an object and the ground under it
     textured_objects: float = 0.2  # share of objects that are filled with stripes or a gradient
-    clutter: tuple[int, int] = (0, 3)  # strokes, arcs, blobs and bars per image
+    clutter: tuple[int, int] = (0, 2)  # strokes, arcs, blobs and bars per image
     noise: float = 8.0  # largest standard deviation of the pixel noise
     blur: float = 0.9  # pixels; largest standard deviation of the final blur
 
