@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data.shapes import Drawing
 from utils.dataset_yaml import load_dataset_yaml, prepare_dataset
 from utils.errors import UserError
 from utils.paths import ROOT
@@ -101,7 +102,7 @@ def test_preparing_checks_or_draws(write, tmp_path):
         prepare_dataset(spec)
     spec = load_dataset_yaml(write(generate="shapes", path=str(tmp_path / "drawn")))
     assert prepare_dataset(spec).path == tmp_path / "drawn"
-    assert len(list((tmp_path / "drawn" / "images" / "val").iterdir())) == 120
+    assert len(list((tmp_path / "drawn" / "images" / "val").iterdir())) == Drawing().val_images
     spec = load_dataset_yaml(write())
     assert prepare_dataset(spec) is spec
 
