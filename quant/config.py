@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from quant.quantizer import MethodOptions
+from quant.registry import QUANTIZERS
 from utils.errors import UserError
 
 BITS = tuple(range(2, 9))
@@ -159,6 +161,7 @@ class QuantConfig:
         weight, activation: grids of all convolutions but the first and Detect's last.
         first_layer_bits, detect_bits: weight and input bits of those (the image itself is always 8 bit).
         layers: regular expression (full match of a convolution's module name) -> ``LayerOverride``.
+        options: of the method, see its ``Options``; all have ``paper``.
         calibration, gabfusion, ada: see their classes.
     """
 
@@ -168,19 +171,32 @@ class QuantConfig:
     first_layer_bits: int = 8
     detect_bits: int = 8
     layers: dict[str, LayerOverride] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     gabfusion: FusionConfig = field(default_factory=FusionConfig)
     ada: DistillationConfig = field(default_factory=DistillationConfig)
 
+    def method_options(self, where: str = "recipe") -> MethodOptions:
+        """``options`` as an instance of the method's ``Options``.
+
+        Raises:
+            UserError: an option that the method does not have, or an impossible value.
+        """
+        options = _from_dict(QUANTIZERS[self.method].Options, self.options, where, "options")
+        try:
+            options.validate()
+        except ValueError as error:
+            raise UserError(f"{where}: options of {self.method}: {error}") from None
+        return options
+
     def validate(self, where: str = "recipe") -> None:
         """Raises UserError naming the key of the first impossible value."""
-        from quant.registry import QUANTIZERS
-
         _choice(f"{where}: method", self.method, tuple(QUANTIZERS))
         _choice(f"{where}: first_layer_bits", self.first_layer_bits, BITS)
         _choice(f"{where}: detect_bits", self.detect_bits, BITS)
         for name in ("weight", "activation", "calibration", "gabfusion", "ada"):
             getattr(self, name).validate(f"{where}: {name}")
+        self.method_options(where)
         for pattern, override in self.layers.items():
             try:
                 re.compile(pattern)
@@ -235,6 +251,10 @@ def _from_dict(cls: type, values: Any, where: str, path: str) -> Any:
                 str(pattern): _from_dict(LayerOverride, override, where, f"layers.{pattern}")
                 for pattern, override in (value or {}).items()
             }
+        elif full == "options":
+            if value is not None and not isinstance(value, dict):
+                raise UserError(f"{where}: options must map names to values, not {value!r}")
+            value = dict(value or {})
         elif isinstance(default, bool) and not isinstance(value, bool):
             raise UserError(f"{where}: {full}: {value!r} is not true or false")
         elif isinstance(default, int) and not isinstance(default, bool) and not isinstance(value, int):

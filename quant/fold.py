@@ -19,7 +19,7 @@ from models.common import Concat
 from quant.gabfusion import GABFusion
 from quant.layers import QuantConv2d
 from quant.prepare import example_input, quantizers, reading_quantizers
-from quant.primitives import Grid, from_codes, per_channel, to_codes
+from quant.primitives import Grid, from_codes, to_codes
 from quant.quantizer import IntegerForm, Quantizer
 from quant.trace import has_input_slot, trace_readers
 from utils.errors import UserError
@@ -89,7 +89,7 @@ class IntegerConv2d(nn.Module):
         super().__init__()
         form = conv.weight_quantizer.integer()
         step = form.step.double().expand(conv.out_channels).clone()
-        codes = to_codes(conv.weight.detach(), per_channel(form.step, conv.weight), 0, form.grid).double()
+        codes = form.codes(conv.weight.detach().float()).double()
         bias = None if conv.bias is None else conv.bias.detach().double()
         if norm is not None:
             gain, shift = norm_constants(norm)

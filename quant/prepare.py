@@ -22,7 +22,6 @@ from quant.config import QuantConfig
 from quant.gabfusion import GABFusion, fusion_nodes
 from quant.layers import QuantConv2d
 from quant.lsq import FixedGrid
-from quant.primitives import activation_grid, weight_grid
 from quant.quantizer import Quantizer
 from quant.registry import QUANTIZERS
 from quant.trace import trace_readers
@@ -103,6 +102,7 @@ def prepare(model: nn.Module, config: QuantConfig, example: Tensor | None = None
     first = {name for name, tensor in readers.convolutions.items() if tensor == readers.image}
     bits = layer_bits(model, config, first, names)
     inputs = _InputQuantizers(config)
+    method, options = QUANTIZERS[config.method], config.method_options()
 
     in_slot: set[str] = set()
     for block, tensor in readers.slots.items():
@@ -118,9 +118,7 @@ def prepare(model: nn.Module, config: QuantConfig, example: Tensor | None = None
         tensor = readers.convolutions[name]
         quantizer = None if name in in_slot else inputs.get(tensor, bits[name].activation, tensor == readers.image)
         channels = conv.out_channels if config.weight.granularity == "channel" else None
-        weight_quantizer = QUANTIZERS[config.method](
-            bits[name].weight, weight_grid(bits[name].weight), "signed", channels
-        )
+        weight_quantizer = method.for_weights(bits[name].weight, channels, options)
         model.set_submodule(name, QuantConv2d.from_float(conv, weight_quantizer, quantizer))
     if config.gabfusion.enabled:
         insert_fusion(model, config)
@@ -139,14 +137,14 @@ class _InputQuantizers:
     """Makes input quantizers, one per (tensor, bits)."""
 
     def __init__(self, config: QuantConfig) -> None:
-        self.config = config
+        self.method, self.options = QUANTIZERS[config.method], config.method_options()
+        self.scheme = config.activation.scheme
         self.made: dict[tuple[int, int], Quantizer] = {}
 
     def get(self, tensor: int, bits: int, is_image: bool) -> Quantizer:
         if (tensor, bits) not in self.made:
-            scheme = self.config.activation.scheme
             self.made[tensor, bits] = (
-                FixedGrid() if is_image else QUANTIZERS[self.config.method](bits, activation_grid(bits, scheme), scheme)
+                FixedGrid() if is_image else self.method.for_activations(bits, self.scheme, self.options)
             )
         return self.made[tensor, bits]
 

@@ -71,6 +71,16 @@ def to_codes(x: Tensor, step: Tensor, zero_point: Tensor | int, grid: Grid) -> T
     return (torch.round(x / step) + zero_point).clamp(grid.qmin, grid.qmax)
 
 
+def to_odd_codes(x: Tensor, step: Tensor, grid: Grid) -> Tensor:
+    """Codes of a half-level grid, ``clip(2 * round((x / step - 1) / 2) + 1, qmin, qmax)``: odd integers, no zero.
+
+    Args:
+        step: half the distance of two neighbouring levels.
+        grid: odd limits, e.g. -15 .. 15 for the 16 levels of 4 bits.
+    """
+    return (torch.round((x / step - 1) / 2) * 2 + 1).clamp(grid.qmin, grid.qmax)
+
+
 def from_codes(codes: Tensor, step: Tensor, zero_point: Tensor | int) -> Tensor:
     """Values ``(codes - zero_point) * step``."""
     return (codes - zero_point) * step

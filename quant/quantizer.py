@@ -7,24 +7,58 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quant.primitives import Grid
+from quant.primitives import Grid, activation_grid, from_codes, per_channel, to_codes, to_odd_codes, weight_grid
 
 
 @dataclass(frozen=True)
 class IntegerForm:
     """The integer arithmetic that equals a quantizer's forward pass in eval mode, code for code.
 
-    ``codes = clip(round(x / step) + zero_point, qmin, qmax)`` and ``values = (codes - zero_point) * step``.
+    ``codes = clip(round(x / step) + zero_point, qmin, qmax)`` and ``values = (codes - zero_point) * step``. With
+    ``thresholds`` the codes are ``qmin + (number of thresholds <= x)``; with ``odd`` only odd codes occur.
 
     Attributes:
         step: float32, one value or one a channel (dimension 0 of the weights).
         zero_point: an integer inside the container, 0 for weights.
         grid: smallest and largest code.
+        thresholds: None, or ``grid.levels - 1`` non-decreasing float32 values of x at which the code rises by one
+            (activations only).
+        odd: a half-level grid, which has no zero: codes are the odd integers of an odd ``qmin .. qmax`` (weights only).
     """
 
     step: Tensor
     zero_point: int
     grid: Grid
+    thresholds: Tensor | None = None
+    odd: bool = False
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Codes of ``x`` (any shape; with several steps, channels first) as a float tensor."""
+        if self.thresholds is not None:
+            return torch.bucketize(x, self.thresholds.to(x.device), right=True).to(x.dtype) + self.grid.qmin
+        step = per_channel(self.step, x)
+        if self.odd:
+            return to_odd_codes(x, step, self.grid)
+        return to_codes(x, step, self.zero_point, self.grid)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """Values of ``codes``."""
+        return from_codes(codes, per_channel(self.step, codes), self.zero_point)
+
+
+@dataclass
+class MethodOptions:
+    """What a recipe's ``options:`` may hold; a method with more derives its own ``Options`` from this.
+
+    Attributes:
+        paper: the method as its paper has it (unsigned activations, its weight grid and initialisation), for
+            comparison; off, it is what works on a network with SiLU.
+    """
+
+    paper: bool = False
+
+    def validate(self) -> None:
+        """Raises ValueError naming the option that is impossible and what is possible."""
 
 
 class Quantizer(nn.Module):
@@ -40,7 +74,8 @@ class Quantizer(nn.Module):
         channels: number of output channels for a step each, or None for one step.
     """
 
-    no_weight_decay = True  # read by utils.optim: decay would pull steps to zero (reference: LSQ turned negative)
+    no_weight_decay = True  # read by utils.optim: decay would pull steps to zero, and steps once turned negative
+    Options: type[MethodOptions] = MethodOptions
 
     def __init__(self, bits: int, grid: Grid, scheme: str, channels: int | None = None) -> None:
         super().__init__()
@@ -48,6 +83,27 @@ class Quantizer(nn.Module):
         self.enabled = True
         # Saved, so that a checkpoint of an uncalibrated model is recognised.
         self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
+
+    @classmethod
+    def for_weights(cls, bits: int, channels: int | None, options: MethodOptions) -> Quantizer:
+        """The quantizer of a convolution's weights, on the narrow symmetric grid unless a method has its own.
+
+        Args:
+            bits: 2 to 8.
+            channels: number of output channels for a step each, or None for one step.
+            options: an instance of ``cls.Options``.
+        """
+        return cls(bits, weight_grid(bits), "signed", channels)
+
+    @classmethod
+    def for_activations(cls, bits: int, scheme: str, options: MethodOptions) -> Quantizer:
+        """The quantizer of a tensor that convolutions read; under ``options.paper`` its scheme is ``unsigned``."""
+        scheme = "unsigned" if options.paper else scheme
+        return cls(bits, activation_grid(bits, scheme), scheme)
+
+    def penalty(self) -> Tensor | None:
+        """A term for the training loss, or None. It is added once a batch, times the batch size, as the task's is."""
+        return None
 
     def initialise(self, x: Tensor) -> None:
         """Sets the ranges from a sample of the values that will be quantized.
