@@ -1,7 +1,9 @@
 """Draws the shapes data set: a few hundred small images with exact boxes, the same ones for the same seed.
 
 Objects are rings, triangles, squares and stars of any colour, size and rotation, some overlapping, some cut by the
-image's edge, on plain, graded, striped, chequered or blotchy ground with clutter that is none of the four.
+image's edge, on plain, graded, striped, chequered or blotchy ground with clutter that is none of the four. Grey haze
+takes contrast from some images: a float network hardly minds, but codes of 4 bits that must hold bright and faint
+images alike lose some of the faint ones unless the network is trained with them.
 """
 
 import json
@@ -22,7 +24,7 @@ from utils.log import LOGGER
 
 CLASSES = ("ring", "triangle", "square", "star")
 STAMP_FILE = "drawn.json"
-VERSION = 1  # to be raised when the drawing code changes, so that older folders are drawn anew
+VERSION = 2  # to be raised when the drawing code changes, so that older folders are drawn anew
 OVERSAMPLING = 4  # masks are drawn this many times larger and averaged down
 TRIES = 25  # positions that are tried for an object before it is given up
 
@@ -31,19 +33,20 @@ TRIES = 25  # positions that are tried for an object before it is given up
 class Drawing:
     """How much is drawn and how hard it is. Part of the folder's stamp: a change here draws the data set anew."""
 
-    train_images: int = 360
+    train_images: int = 480
     val_images: int = 100
     image_size: int = 128  # pixels
-    objects: tuple[int, int] = (3, 7)  # per image, from and to
-    diameter: tuple[float, float] = (17.0, 64.0)  # pixels around a shape, drawn log-uniformly
+    objects: tuple[int, int] = (3, 6)  # per image, from and to
+    diameter: tuple[float, float] = (20.0, 64.0)  # pixels around a shape, drawn log-uniformly
     squeeze: float = 0.8  # a shape's narrowest width as a share of its length
-    minimum_visible: float = 0.8  # share of an object that later ones and the image's edge must leave
+    minimum_visible: float = 0.88  # share of an object that later ones and the image's edge must leave
     minimum_box: int = 6  # pixels; the shorter side of a visible extent
     minimum_contrast: float = 130.0  # colour distance (RGB, 0..441) between an object and the ground under it
     textured_objects: float = 0.2  # share of objects that are filled with stripes or a gradient
     clutter: tuple[int, int] = (0, 2)  # strokes, arcs, blobs and bars per image
     noise: float = 8.0  # largest standard deviation of the pixel noise
     blur: float = 0.9  # pixels; largest standard deviation of the final blur
+    contrast: tuple[float, float] = (0.3, 1.0)  # share of the contrast that haze leaves, drawn log-uniformly
 
 
 # --- outlines, in units of the radius
@@ -220,7 +223,7 @@ class _Canvas:
         return filling
 
     def finish(self) -> np.ndarray:
-        """Light, blur and noise over everything; BGR uint8."""
+        """Light, blur, noise and haze over everything; BGR uint8."""
         rng = self.rng
         light = 1 + rng.uniform(0, 0.35) * _ramp(rng, self.size) / self.size
         image = self.pixels * light[..., None].astype(np.float32)
@@ -228,6 +231,8 @@ class _Canvas:
         if sigma > 0.3:
             image = cv2.GaussianBlur(image, (0, 0), sigma)
         image += rng.uniform(0, self.drawing.noise) * rng.standard_normal(image.shape, np.float32)
+        contrast = np.exp(rng.uniform(*np.log(self.drawing.contrast)))
+        image = contrast * image + (1 - contrast) * rng.uniform(94, 134)
         return np.clip(np.round(image), 0, 255).astype(np.uint8)
 
 

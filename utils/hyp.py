@@ -28,8 +28,9 @@ QUANTIZED_DEFAULTS: dict[str, float] = {
     "quant_finetune_lr": 2e-5,  # Adam, one epoch, after `fold: finetune` (arXiv 2511.05898)
 }
 # Keys that upstream files lack or rarely have: anchors per level, images per optimizer step (64), and the float phase's
-# moving average (upstream's decay 0.9999 * (1 - exp(-updates / 2000)) averages next to nothing in 1,000 steps).
-OPTIONAL = ("anchors", "nominal_batch", "ema_decay", "ema_tau")
+# moving average (upstream's decay 0.9999 * (1 - exp(-updates / 2000)) averages next to nothing in 1,000 steps), and the
+# share of the float epochs, at their end, that keep the final learning rate (0).
+OPTIONAL = ("anchors", "nominal_batch", "ema_decay", "ema_tau", "lr_tail")
 
 
 def load_hyp(path: str | Path) -> dict[str, Any]:
@@ -58,6 +59,8 @@ def load_hyp(path: str | Path) -> dict[str, Any]:
                 raise UserError(f"{file}: {key}: {value!r} is not a number") from None
         elif isinstance(value, bool) or not isinstance(value, (int, float)):
             raise UserError(f"{file}: {key}: {value!r} is not a number")
+    if not 0 <= values.get("lr_tail", 0) < 1:
+        raise UserError(f"{file}: lr_tail: {values['lr_tail']} is no share of the epochs; it must be from 0 to under 1")
     return defaults | values
 
 
@@ -74,6 +77,6 @@ def _read(file: Path) -> dict[str, Any]:
 def phase_hyp(hyp: dict[str, Any], quantized: bool) -> dict[str, Any]:
     """The hyperparameters of one phase under their plain names: in the quantized one ``quant_lr0`` becomes ``lr0``."""
     if not quantized:
-        return {"nominal_batch": NOMINAL_BATCH, "ema_decay": 0.9999, "ema_tau": 2000.0, **hyp}
+        return {"nominal_batch": NOMINAL_BATCH, "ema_decay": 0.9999, "ema_tau": 2000.0, "lr_tail": 0.0, **hyp}
     renamed = {key.removeprefix("quant_"): value for key, value in hyp.items() if key.startswith("quant_")}
-    return {**hyp, **renamed, "warmup_bias_lr": 0.0, "warmup_momentum": renamed["momentum"]}
+    return {**hyp, **renamed, "lr_tail": 0.0, "warmup_bias_lr": 0.0, "warmup_momentum": renamed["momentum"]}

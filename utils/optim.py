@@ -84,8 +84,12 @@ def describe_groups(optimizer: torch.optim.Optimizer) -> str:
     return f"{type(optimizer).__name__}: " + ", ".join(parts)
 
 
-def learning_rate_factor(epoch: float, epochs: int, final: float, cosine: bool = False) -> float:
-    """Share of the initial learning rate at ``epoch`` (from 0), falling from 1 to ``final`` at ``epochs``."""
+def learning_rate_factor(epoch: float, epochs: int, final: float, cosine: bool = False, tail: float = 0.0) -> float:
+    """Share of the initial learning rate at ``epoch`` (from 0), falling from 1 to ``final`` at ``epochs``.
+
+    With ``tail`` it is at ``final`` before: for that share of the epochs, at their end, it stays there.
+    """
+    epoch = min(epoch / (1 - tail), epochs)
     if cosine:
         return (1 - math.cos(epoch * math.pi / epochs)) / 2 * (final - 1) + 1
     return (1 - epoch / epochs) * (1 - final) + final

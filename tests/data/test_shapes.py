@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data.shapes import CLASSES, STAMP_FILE, Drawing, draw_image, draw_mask, draw_shapes, visible_boxes
+from data.shapes import CLASSES, STAMP_FILE, VERSION, Drawing, draw_image, draw_mask, draw_shapes, visible_boxes
 from utils.errors import UserError
 from utils.images import read_image
 from utils.labels import read_labelled_images
@@ -74,6 +74,15 @@ def test_images_keep_the_promises_of_their_constants():
     assert max(sides) > 0.9 * drawing.diameter[1]
 
 
+def test_haze_takes_contrast_and_leaves_the_labels():
+    clear, hazy = (replace(SMALL, contrast=(share, share)) for share in (1.0, 0.4))
+    for seed in range(5):
+        bright, rows = draw_image(np.random.default_rng(seed), clear)
+        faint, same_rows = draw_image(np.random.default_rng(seed), hazy)
+        np.testing.assert_array_equal(rows, same_rows)
+        assert faint.std(axis=(0, 1)) == pytest.approx(0.4 * bright.std(axis=(0, 1)), rel=0.05)
+
+
 def test_the_same_seed_draws_the_same_files(tmp_path):
     first = draw_shapes(tmp_path / "one" / "shapes", 5, SMALL)
     second = draw_shapes(tmp_path / "two", 5, SMALL)
@@ -91,7 +100,7 @@ def test_the_labels_are_read_back_without_a_complaint(tmp_path):
     classes = np.concatenate(found.labels)[:, 0]
     assert np.bincount(classes.astype(int), minlength=len(CLASSES)).min() >= 10
     assert read_image(found.images[0]).shape == (96, 96, 3)
-    image, rows = draw_image(np.random.default_rng([0, 0, 0, 1]), replace(SMALL, train_images=30))
+    image, rows = draw_image(np.random.default_rng([0, 0, 0, VERSION]), replace(SMALL, train_images=30))
     np.testing.assert_array_equal(read_image(found.images[0]), image)
     np.testing.assert_allclose(found.labels[0][:, 3:] * 96, rows[:, 3:] - rows[:, 1:3], atol=1e-3)
 

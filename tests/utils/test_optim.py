@@ -87,6 +87,9 @@ def test_known_learning_rates():
     assert linear == pytest.approx([1.0, 0.9901, 0.505, 0.0199])
     cosine = [learning_rate_factor(epoch, 100, 0.01, cosine=True) for epoch in (0, 1, 50, 99)]
     assert cosine == pytest.approx([1.0, 0.999756, 0.505, 0.010244], abs=1e-6)
+    for cosine in (False, True):
+        tailed = [learning_rate_factor(epoch, 30, 0.1, cosine, tail=1 / 3) for epoch in (0, 10, 20, 25, 29)]
+        assert tailed == pytest.approx([1.0, 0.55, 0.1, 0.1, 0.1])
     optimizer = build_optimizer(Network(), lr=0.1)
     scheduler = build_scheduler(optimizer, 100, 0.01)
     optimizer.step()
