@@ -114,7 +114,7 @@ def export_file(path: Path, options: argparse.Namespace) -> list[ExportedFile]:
         storage = path.with_name(path.stem + STORAGE_SUFFIX + ".onnx")
         plans.append((storage, "storage file", max(options.opset, INT4_OPSET), True))
     for target, purpose, opset, int4_weights in plans:
-        exported = build(traced, opset, int4_weights)
+        exported = build(traced, opset, int4_weights, (weights.quantization or {}).get("target", "onnxruntime"))
         set_metadata(exported.model, metadata(network, weights))
         result = write_verified(exported, target, folded, expected)
         LOGGER.info(f"{target}: {purpose}, compared with the network on {len(images)} {source}:\n{result.table()}")
@@ -163,6 +163,8 @@ def metadata(network: DetectionModel, weights: Weights) -> dict[str, str]:
             "first_layer": config["first_layer_bits"],
             "detect": config["detect_bits"],
         }
+        if config["activation"].get("output"):
+            bits["outputs"] = config["activation"]["output"]
     stride = int(max(network.stride))
     return {"stride": str(stride), "names": str(network.names), "bits": json.dumps(bits), "method": method}
 

@@ -22,7 +22,9 @@ import yaml
 
 from models.yolo import DetectionModel
 from quant.config import QuantConfig, build_config
+from quant.precision import check_auto_bits
 from quant.prepare import prepare
+from quant.registry import QUANTIZERS
 from quant.report import float_bytes, quantized_bytes
 from training.phases import best_model, build_float_model, float_phase, load_teacher, quantized_phase, summarise
 from training.random_state import seed_everything
@@ -82,8 +84,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     quant = parser.add_argument_group("quantization")
     add = quant.add_argument
-    add("--quant", metavar="METHOD", default=None, help="quantization-aware training: lsq")
-    add("--bits", default=None, help="4, or weights and activations apart: w4a8")
+    add("--quant", metavar="METHOD", default=None, help=f"quantization-aware training: {', '.join(QUANTIZERS)}")
+    add("--bits", default=None, help="4; weights and activations apart: w4a8; chosen by layer: auto:4.0")
     add("--gabfusion", nargs="?", const=True, default=None, metavar="MODE", help="learnable, feedback or fixed")
     add("--ada", nargs="?", const=True, default=None, metavar="DIVERGENCE", help="attention distillation: js or kl")
     add("--teacher", default="", help="float checkpoint of the teacher; default: the float model of this run")
@@ -196,13 +198,15 @@ def prepare_run(options: argparse.Namespace, resume: dict | None = None, save_di
 def quantization_of(options: argparse.Namespace, model: DetectionModel) -> QuantConfig:
     """The merged quantization; what the model cannot carry is refused here, before anything is trained."""
     config = build_config(options.quant, options.bits, options.gabfusion, options.ada, options.recipe, model.yaml)
-    if options.teacher and not config.ada.enabled:
-        raise UserError("--teacher needs --ada: without it nothing is learned from a teacher")
+    if options.teacher and not config.needs_teacher:
+        raise UserError("--teacher needs --ada or a recipe with distillation: nothing is learned from a teacher else")
     last = model.detect.i
-    wrong = [index for index in config.ada.layers or [] if not 0 <= index < last]
-    if wrong:
-        raise UserError(f"ada.layers: {wrong[0]} is not a layer of this model; its layers are 0 to {last - 1}")
+    for block in ("ada", "distillation"):
+        wrong = [index for index in getattr(config, block).layers or [] if not 0 <= index < last]
+        if wrong:
+            raise UserError(f"{block}.layers: {wrong[0]} is not a layer of this model; its layers are 0 to {last - 1}")
     prepare(copy.deepcopy(model), config)
+    check_auto_bits(model, config)
     return config
 
 
@@ -248,14 +252,14 @@ def main(options: argparse.Namespace) -> Path:
         model = best_model(run, Phase("float", 0, "float_"))
     model = model.to(run.device)
     teacher = None
-    if run.config.ada.enabled:
+    if run.config.needs_teacher:
         teacher = load_teacher(options.teacher, run.names) if options.teacher else copy.deepcopy(model)
         teacher = teacher.to(run.device).eval().fuse().to(memory_format=torch.channels_last)
     float_result = run.evaluate(model)
     LOGGER.info(f"Float: mAP50 {float_result.map50:.4f}  mAP50-95 {float_result.map:.4f}")
     quantized, calibrated = quantized_phase(run, model, teacher, resume if phase == "quantized" else None)
     final = calibrated if options.epochs == 0 else run.evaluate(quantized, plots=True)
-    bits = f"w{run.config.weight.bits}a{run.config.activation.bits}"
+    bits = run.config.bits_label()
     size = quantized_bytes(quantized)
     rows = [("float", float_result, float_bytes(model))]
     if calibrated is not None:

@@ -25,11 +25,22 @@ from utils.dataset_yaml import DatasetSpec, load_dataset_yaml, prepare_dataset
 from utils.devices import select_device
 from utils.errors import UserError
 from utils.log import LOGGER
-from utils.metrics import IOU_THRESHOLDS, ClassMetrics, ConfusionMatrix, ap_per_class, fitness, match_predictions
+from utils.metrics import (
+    IOU_THRESHOLDS,
+    ClassMetrics,
+    ConfusionMatrix,
+    MatchedBoxes,
+    ap_per_class,
+    fitness,
+    match_boxes,
+    match_predictions,
+    matched_boxes,
+)  # fmt: skip
 from utils.nms import non_max_suppression
 from utils.paths import ROOT, increment_path
 from utils.plots import plot_class_curves, plot_confusion_matrix, plot_images, plot_study
 from utils.results import newest_weights, save_text
+from utils.run_log import LOCALISATION_COLUMNS
 from utils.timing import Stopwatch
 
 HEADER = ("%22s" + "%11s" * 6) % ("Class", "Images", "Instances", "P", "R", "mAP50", "mAP50-95")
@@ -55,11 +66,19 @@ class Evaluation:
     speed: dict[str, float] = field(default_factory=dict)  # preprocess, inference, nms: milliseconds per image
     confusion: ConfusionMatrix | None = None
     coco: tuple[float, float] | None = None  # pycocotools' (mAP50-95, mAP50), if it ran
+    map75: float = 0.0  # mean over classes, this project's own also where pycocotools ran
+    matched: MatchedBoxes = field(default_factory=MatchedBoxes)  # at the confidence of precision and recall
 
     @property
     def fitness(self) -> float:
         """What the best epoch is chosen by."""
         return fitness(self.map50, self.map)
+
+    @property
+    def localisation(self) -> dict[str, float]:
+        """mAP75 and the numbers of matched boxes by their names in results.csv."""
+        values = (self.map75, self.matched.share, self.matched.mean_iou, self.matched.class_accuracy)
+        return dict(zip(LOCALISATION_COLUMNS, values, strict=True))
 
     def map_by_class(self, num_classes: int) -> np.ndarray:
         """(num_classes,) mAP50-95 of each class; classes without labels get the mean."""
@@ -163,6 +182,7 @@ class _Collector:
         self.thresholds = torch.tensor(IOU_THRESHOLDS, device=device)
         self.confusion = ConfusionMatrix(len(names))
         self.correct, self.scores, self.predicted, self.actual = [], [], [], []
+        self.overlap, self.right_class = [], []
         self.keep = output.json is not None
         self.kept: list[tuple[str, tuple[int, int], Tensor, Tensor]] = []  # path, size, detections, labels
         self.images = 0
@@ -182,6 +202,9 @@ class _Collector:
             labels = torch.cat((mine[:, :1], corners), 1)
 
             self.correct.append(match_predictions(found, labels, self.thresholds).cpu())
+            overlap, right_class = match_boxes(found, labels)
+            self.overlap.append(overlap.cpu())
+            self.right_class.append(right_class.cpu())
             self.scores.append(found[:, 4].cpu())
             self.predicted.append(found[:, 5].cpu())
             self.actual.append(labels[:, 0].cpu())
@@ -195,12 +218,16 @@ class _Collector:
 
     def finish(self) -> Evaluation:
         """Computes the metrics and draws the charts."""
+        gathered = (self.correct, self.scores, self.predicted, self.actual, self.overlap, self.right_class)
         if self.images:
-            arrays = [torch.cat(parts).numpy() for parts in (self.correct, self.scores, self.predicted, self.actual)]
+            correct, scores, predicted, actual, overlap, right_class = (torch.cat(parts).numpy() for parts in gathered)
         else:
-            arrays = [np.zeros((0, len(IOU_THRESHOLDS)), dtype=bool), np.zeros(0), np.zeros(0), np.zeros(0)]
-        per_class = ap_per_class(*arrays)
-        result = Evaluation(*per_class.means(), per_class, self.images, len(arrays[3]), confusion=self.confusion)
+            correct = np.zeros((0, len(IOU_THRESHOLDS)), dtype=bool)
+            scores = predicted = actual = overlap = right_class = np.zeros(0)
+        per_class = ap_per_class(correct, scores, predicted, actual)
+        result = Evaluation(*per_class.means(), per_class, self.images, len(actual), confusion=self.confusion)
+        result.map75 = float(per_class.ap75.mean()) if len(per_class.classes) else 0.0
+        result.matched = matched_boxes(overlap, right_class, scores, len(actual), per_class.confidence)
         if self.output.plots:
             plot_class_curves(per_class, self.names, self.output.folder)
             labels = [self.names[i] for i in sorted(self.names)]
@@ -235,7 +262,8 @@ def _plot_batch(
 
 
 def log_table(result: Evaluation, names: Mapping[int, str], verbose: bool) -> None:
-    """Prints the line of all classes under the progress bar's header and, if ``verbose``, one per class."""
+    """Prints the line of all classes under the progress bar's header and, if ``verbose``, one per class; then what
+    tells localisation and classification apart."""
     means = (result.precision, result.recall, result.map50, result.map)
     LOGGER.info(ROW % ("all", result.images, result.instances, *means))
     if not result.instances:
@@ -245,6 +273,11 @@ def log_table(result: Evaluation, names: Mapping[int, str], verbose: bool) -> No
         rows = zip(table.classes, table.labels, table.precision, table.recall, table.ap50, table.ap50_95, strict=True)
         for label, *values in rows:
             LOGGER.info(ROW % (names[int(label)], result.images, *values))
+    matched = result.matched
+    LOGGER.info(
+        f"mAP75 {result.map75:.3f}; boxes matched at IoU 0.5, any class, confidence {matched.confidence:.3f} or more: "
+        f"{matched.share:.1%} of labels, mean IoU {matched.mean_iou:.4f}, class accuracy {matched.class_accuracy:.4f}"
+    )
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import subprocess
 import sys
 from datetime import date
@@ -50,17 +51,46 @@ def run_script(script: str, *arguments: str) -> str:
     return done.stdout
 
 
+# Key -> how val.py prints it behind the table.
+LOCALISATION = {
+    "mAP75": r"^mAP75 ([\d.]+)",
+    "matched": r"([\d.]+)% of labels",
+    "IoU": r"mean IoU ([\d.]+)",
+    "class": r"class accuracy ([\d.]+)",
+}
+
+
+def read_accuracy(output: str) -> dict[str, float]:
+    """The numbers of all classes in what val.py printed; matched is a share of 1."""
+    lines = output.splitlines()
+    row = next(line for line in lines if line.split()[:1] == ["all"])
+    values = dict(zip(("P", "R", "mAP50", "mAP"), map(float, row.split()[-4:]), strict=True))
+    after = next(line for line in lines if line.startswith("mAP75"))
+    values |= {key: float(re.search(pattern, after)[1]) for key, pattern in LOCALISATION.items()}
+    values["matched"] /= 100
+    return values
+
+
 def accuracy(weights: Path, data: str, task: str, options: argparse.Namespace) -> dict[str, float]:
-    """P, R, mAP50, mAP50-95 as val.py prints them, kept in a JSON file beside the weights."""
+    """What ``read_accuracy`` finds, kept in a JSON file beside the weights.
+
+    Files of an older version lack mAP75 and the numbers of matched boxes: they are measured again, and if the network
+    can no longer be run the old numbers stay and the table has gaps.
+    """
     file = weights.with_suffix(weights.suffix + f".{task}.json")
-    if not file.exists():
+    known = json.loads(file.read_text()) if file.exists() else {}
+    if not known.keys() >= LOCALISATION.keys():
         arguments = ["--weights", str(weights), "--data", data, "--imgsz", str(options.imgsz), "--task", task]
         arguments += ["--workers", "1", "--batch-size", "16", "--project", str(options.output / "val")]
-        output = run_script("val.py", *arguments)
-        line = next(line for line in output.splitlines() if line.split()[:1] == ["all"])
-        values = dict(zip(("P", "R", "mAP50", "mAP"), map(float, line.split()[-4:]), strict=True))
-        file.write_text(json.dumps(values))
-    return json.loads(file.read_text())
+        try:
+            known = read_accuracy(run_script("val.py", *arguments))
+        except SystemExit as error:
+            if not known:
+                raise
+            LOGGER.warning(f"{file}: kept as it is, the network could not be measured again: {error}")
+        else:
+            file.write_text(json.dumps(known))
+    return known
 
 
 def train_once(name: str, data: str, options: argparse.Namespace, *arguments: str) -> Path:
@@ -150,17 +180,27 @@ def table(stem: str, task: str, classes: int, float_epochs: int, epochs: int, ro
     """The Markdown table of one data set."""
     reference = rows[0][1]["mAP50"]
     lines = [f"### {stem} ({task} split, {classes} classes; {float_epochs} float, {epochs} quantized epochs)", ""]
-    lines += ["| network | P | R | mAP50 | mAP50-95 | gap mAP50 | ONNX mAP50 / mAP50-95 | ADA : task gradient |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    heads = ["network", "P", "R", "mAP50", "mAP75", "mAP50-95", "gap mAP50", "matched", "mean IoU", "class accuracy"]
+    heads += ["ONNX mAP50 / mAP50-95", "ADA : task gradient"]
+    lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name, values, onnx, ratio in rows:
         gap = "" if name == "float" else f"{(values['mAP50'] - reference) * 100:+.1f}"
         exported = "" if onnx is None else f"{onnx['mAP50']:.3f} / {onnx['mAP']:.3f}"
         share = "" if ratio is None else f"{ratio:.1%}"
-        lines.append(
-            f"| {name} | {values['P']:.3f} | {values['R']:.3f} | {values['mAP50']:.3f} | {values['mAP']:.3f} | {gap} "
-            f"| {exported} | {share} |"
-        )
+        cells = [name, *(number(values, key) for key in ("P", "R", "mAP50", "mAP75", "mAP")), gap]
+        cells += [number(values, key, digits) for key, digits in (("matched", 3), ("IoU", 4), ("class", 4))]
+        lines.append("| " + " | ".join([*cells, exported, share]) + " |")
+    lines += [
+        "",
+        "Matched: share of labels that a box of the confidence of P and R covers with IoU 0.5 or more, whatever its "
+        "class. Mean IoU and class accuracy are of those boxes (localisation and classification apart).",
+    ]
     return [*lines, ""]
+
+
+def number(values: dict[str, float], key: str, digits: int = 3) -> str:
+    """A cell; empty for what was not measured."""
+    return f"{values[key]:.{digits}f}" if key in values else ""
 
 
 def write_section(marker: str, lines: list[str], file: Path = ROOT / "docs" / "results.md") -> None:

@@ -2,8 +2,8 @@
 
 Attribute names (``conv``, ``bn``, ``cv1``, ``m`` ...) are the keys of the official state_dicts and therefore fixed.
 
-Quantization slots. Where two convolutions read one tensor, the block has ``input_quantizer``, and ``Concat`` has
-``balance``. They are None in a float model: they add no module and no state_dict key until something is put in. A
+Quantization slots. Where two convolutions read one tensor, the block has ``input_quantizer``; ``Concat`` and ``Add``
+have ``balance``. They are None in a float model: they add no module and no state_dict key until something is put in. A
 shortcut reuses the quantized tensor, so that what is added are codes of one grid. Quantizers that belong to a single
 convolution live inside the convolution that replaces ``nn.Conv2d``; for that reason no forward reads ``conv.weight``.
 """
@@ -168,11 +168,12 @@ class BottleneckCSP(nn.Module):
         self.bn = nn.BatchNorm2d(2 * hidden)
         self.act = nn.SiLU()
         self.m = nn.Sequential(*(Bottleneck(hidden, hidden, shortcut, g, e=1.0) for _ in range(n)))
+        self.cat = Concat(1)
         self.input_quantizer = None
 
     def forward(self, x: Tensor) -> Tensor:
         x = quantize(self.input_quantizer, x)
-        halves = torch.cat((self.cv3(self.m(self.cv1(x))), self.cv2(x)), 1)
+        halves = self.cat([self.cv3(self.m(self.cv1(x))), self.cv2(x)])
         return self.cv4(self.act(self.bn(halves)))
 
 
@@ -366,3 +367,22 @@ class Concat(nn.Module):
         if self.balance is not None:
             return self.balance(x)
         return torch.cat(x, self.d)
+
+
+class Add(nn.Module):
+    """Adds a list of at least two tensors of one shape: K tensors (B, C, H, W) -> (B, C, H, W).
+
+    ``balance``: None, or a module called with the list that returns the fused tensor in place of the sum.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.balance: Callable[[list[Tensor]], Tensor] | None = None
+
+    def forward(self, x: list[Tensor]) -> Tensor:
+        if self.balance is not None:
+            return self.balance(x)
+        total = x[0]
+        for branch in x[1:]:
+            total = total + branch
+        return total

@@ -295,6 +295,13 @@ class _Parser:
             return Detect(*arguments, inputs), sum(inputs)
         if row.name == "Concat":
             return common.Concat(*arguments), sum(inputs)
+        if row.name == "Add":
+            if len(inputs) < 2 or len(set(inputs)) > 1:
+                raise row.error(
+                    f"Add needs two or more layers of equally many channels, but {sources} have {inputs}. Put a "
+                    "Conv with 1x1 kernel in front of those that differ"
+                )
+            return common.Add(*arguments), inputs[0]
         if len(sources) > 1:
             raise row.error(f"{row.name} reads one layer, but 'from' lists {len(sources)}")
         if row.name in SCALED_LAYERS:
@@ -309,7 +316,7 @@ class _Parser:
             return nn.BatchNorm2d(inputs[0]), inputs[0]
         kind = getattr(nn, row.name.removeprefix("nn."), None) if row.name.startswith("nn.") else None
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            known = [*SCALED_LAYERS, "Concat", "Contract", "Expand", "Detect", "nn.Upsample and other nn classes"]
+            known = [*SCALED_LAYERS, "Concat", "Add", "Contract", "Expand", "Detect", "nn.Upsample and others of nn"]
             raise row.error(f"module '{row.name}' is not known. Known: {', '.join(known)}")
         layers = [kind(*arguments) for _ in range(repeats)]
         return (layers[0] if repeats == 1 else nn.Sequential(*layers)), inputs[0]

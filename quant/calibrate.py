@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from quant.gabfusion import calibrate_fusion
 from quant.layers import QuantConv2d
+from quant.lsq import FixedGrid
 from quant.prepare import quantizers, set_enabled
 from quant.quantizer import Quantizer
 from quant.ranges import SAMPLE_LIMIT
+from utils.errors import UserError
 
 
-class _Sampler:
+class InputSampler:
     """Collects an evenly spaced sample of a quantizer's inputs, and their extremes, over all batches."""
 
     def __init__(self, batches: int) -> None:
@@ -27,18 +31,23 @@ class _Sampler:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: list[Tensor]) -> None:
+def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Initialises every quantizer of a prepared model, and GABFusion's constants.
 
     Args:
         model: from ``quant.prepare.prepare``.
-        batches: images (B, 3, H, W) as floats 0 to 1, letterboxed as in validation.
+        batches: images (B, 3, H, W) as floats 0 to 1, letterboxed as in validation; for any other network what it is
+            trained on, without augmentation. They all stay in memory.
 
     Raises:
-        ValueError: no images, or values that are not finite (the message names the layer).
+        UserError: not prepared, no images, images outside the fixed grid.
+        ValueError: values that are not finite (the message names the layer).
     """
-    if not batches:
-        raise ValueError("calibration needs at least one batch of images")
+    batches = list(batches)
+    if not batches or not all(isinstance(batch, Tensor) for batch in batches):
+        raise UserError("calibration needs at least one batch of images, each a tensor (B, C, H, W) without its labels")
+    if not quantizers(model):
+        raise UserError("this model has no quantizers to calibrate: prepare it first")
     was_training = model.training
     model.eval()
     weight_quantizers = set()
@@ -47,7 +56,7 @@ def calibrate(model: nn.Module, batches: list[Tensor]) -> None:
             _initialise(module.weight_quantizer, module.weight, f"{name}.weight")
             weight_quantizers.add(module.weight_quantizer)
     inputs = {name: q for name, q in quantizers(model).items() if q not in weight_quantizers}
-    samplers = {name: _Sampler(len(batches)) for name in inputs}
+    samplers = {name: InputSampler(len(batches)) for name in inputs}
     handles = [quantizer.register_forward_pre_hook(samplers[name]) for name, quantizer in inputs.items()]
     set_enabled(model, False)
     try:
@@ -57,7 +66,10 @@ def calibrate(model: nn.Module, batches: list[Tensor]) -> None:
             handle.remove()
         set_enabled(model, True)
     for name, quantizer in inputs.items():
-        _initialise(quantizer, torch.cat(samplers[name].parts), name)
+        values = torch.cat(samplers[name].parts)
+        if isinstance(quantizer, FixedGrid):
+            _check_image(values)
+        _initialise(quantizer, values, name)
     model.train(was_training)
 
 
@@ -66,3 +78,12 @@ def _initialise(quantizer: Quantizer, values: Tensor, name: str) -> None:
         quantizer.initialise(values)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def _check_image(values: Tensor) -> None:
+    low, high = float(values.min()), float(values.max())
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise UserError(
+            f"the network's input has values from {low:.3g} to {high:.3g}, and its fixed 8-bit grid holds 0 to 1: "
+            "scale the images, or set activation.image to learned"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from quant.registry import QUANTIZERS
 from utils.errors import UserError
 
 BITS = tuple(range(2, 9))
+AUTO_COSTS = ("parameters", "bops")
 
 
 def _choice(where: str, value: Any, allowed: tuple) -> None:
@@ -26,6 +28,11 @@ def _choice(where: str, value: Any, allowed: tuple) -> None:
 def _number(where: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise UserError(f"{where}: {value!r} is not a number from {low:g} to {high:g}")
+
+
+def _layer_numbers(where: str, value: Any) -> None:
+    if value is not None and not (isinstance(value, list) and all(isinstance(index, int) for index in value)):
+        raise UserError(f"{where}: {value!r} is not a list of layer numbers")
 
 
 @dataclass
@@ -45,15 +52,26 @@ class ActivationConfig:
     """How the inputs of convolutions are quantized.
 
     ``affine`` learns an integer zero point, ``unsigned`` is the papers' grid (negative values become 0), ``signed`` has
-    its zero point fixed at 0.
+    its zero point fixed at 0; ``auto`` takes what the target can run, see ``QuantConfig.resolved_scheme``. ``output``
+    are the bits of a quantizer on the result of every convolution, in front of the activation function, or None.
+    ``image`` is the 8-bit grid of the network's input: ``fixed`` for values 0 to 1, ``learned`` for any others.
     """
 
     bits: int = 4
-    scheme: str = "affine"
+    scheme: str = "auto"
+    output: int | None = None
+    image: str = "fixed"
 
     def validate(self, where: str) -> None:
         _choice(f"{where}.bits", self.bits, BITS)
-        _choice(f"{where}.scheme", self.scheme, ("affine", "unsigned", "signed"))
+        _choice(f"{where}.scheme", self.scheme, ("auto", "affine", "unsigned", "signed"))
+        _choice(f"{where}.output", self.output, (None, *BITS))
+        _choice(f"{where}.image", self.image, ("fixed", "learned"))
+        if self.output is not None and self.scheme == "signed":
+            raise UserError(
+                f"{where}: output needs inputs without a sign (onnxruntime's integer convolution reads and writes "
+                "uint8); set scheme to affine or unsigned, or leave output out"
+            )
 
 
 @dataclass
@@ -72,6 +90,7 @@ class FusionConfig:
 
     Attributes:
         enabled: insert it.
+        scope: ``neck``, the Concats and Adds of the network's own rows; ``all``, those inside C3 and other blocks too.
         balance: ``learnable`` trains the branch weights, ``feedback`` moves them by gradient energies, ``fixed`` keeps
             them at 1.
         fold: ``anneal`` fades the normalisation out during training, ``finetune`` replaces its statistics by constants
@@ -83,6 +102,7 @@ class FusionConfig:
     """
 
     enabled: bool = False
+    scope: str = "neck"
     balance: str = "learnable"
     fold: str = "anneal"
     paper: bool = False
@@ -95,6 +115,7 @@ class FusionConfig:
     learning_rate: float = 1.0
 
     def validate(self, where: str) -> None:
+        _choice(f"{where}.scope", self.scope, ("neck", "all"))
         _choice(f"{where}.balance", self.balance, ("learnable", "feedback", "fixed"))
         _choice(f"{where}.fold", self.fold, ("anneal", "finetune", "keep"))
         if self.paper and self.fold == "anneal":
@@ -108,7 +129,7 @@ class FusionConfig:
 
 
 @dataclass
-class DistillationConfig:
+class AttentionConfig:
     """ADA: attention maps of the quantized network drawn to those of the frozen float teacher; see ``quant.ada``.
 
     ``divergence: auto`` takes kl for LSQ and PACT, js for N2UQ and DSQ. ``layers`` are model layer indices; None takes
@@ -133,10 +154,37 @@ class DistillationConfig:
         _number(f"{where}.temperature", self.temperature, 1e-3, 1e3)
         _number(f"{where}.weight", self.weight, 0, 1e6)
         _number(f"{where}.saliency_gamma", self.saliency_gamma, 0, 1e3)
-        if self.layers is not None and not (
-            isinstance(self.layers, list) and all(isinstance(index, int) for index in self.layers)
-        ):
-            raise UserError(f"{where}.layers: {self.layers!r} is not a list of layer numbers")
+        _layer_numbers(f"{where}.layers", self.layers)
+
+
+# Weights of the terms when a recipe only names them: each gives 9 to 25 % of the task's gradient (YOLOv5n, 3, 4 bit).
+DISTILLATION_WEIGHTS = {"feature_mse": 0.05, "channel_wise": 0.12, "logits": 0.03}
+
+
+@dataclass
+class DistillationConfig:
+    """Further losses on the teacher's forward pass that ADA also uses; see ``quant.distillation``. 0 switches one off.
+
+    ``distillation: feature_mse``, a list of names, or ``feature_mse: true`` take the weights that were tuned.
+    ``temperature`` is that of ``channel_wise``; ``layers`` as in ``ada``.
+    """
+
+    feature_mse: float = 0.0
+    channel_wise: float = 0.0
+    logits: float = 0.0
+    temperature: float = 1.0
+    layers: list[int] | None = None
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The terms that are on, with their weights."""
+        return {name: getattr(self, name) for name in DISTILLATION_WEIGHTS if getattr(self, name) > 0}
+
+    def validate(self, where: str) -> None:
+        for name in DISTILLATION_WEIGHTS:
+            _number(f"{where}.{name}", getattr(self, name), 0, 1e6)
+        _number(f"{where}.temperature", self.temperature, 1e-3, 1e3)
+        _layer_numbers(f"{where}.layers", self.layers)
 
 
 @dataclass
@@ -153,28 +201,59 @@ class LayerOverride:
 
 
 @dataclass
+class AutoBits:
+    """Weight bits chosen layer by layer, see ``quant.precision``: the request, and whether it has been carried out.
+
+    Attributes:
+        average: budget, the average weight bits of the layers that are chosen for; None chooses nothing.
+        cost: what the average is weighted by: ``parameters`` (size of the file), or ``bops`` (bit operations).
+        resolved: the choice stands in ``layers`` already; nothing is searched again.
+    """
+
+    average: float | None = None
+    cost: str = "parameters"
+    resolved: bool = False
+
+    def validate(self, where: str) -> None:
+        if self.average is not None:
+            _number(f"{where}.average", self.average, BITS[0], BITS[-1])
+        _choice(f"{where}.cost", self.cost, AUTO_COSTS)
+
+    @property
+    def pending(self) -> bool:
+        """Whether bits remain to be chosen."""
+        return self.average is not None and not self.resolved
+
+
+@dataclass
 class QuantConfig:
     """Everything that fixes a quantized network's training graph.
 
     Attributes:
         method: name in ``quant.registry``.
+        target: what the exported network will run in: ``onnxruntime`` (OpenVINO too), or ``tensorrt``, whose zero
+            points are all 0. It changes the grids, hence it is chosen before training.
         weight, activation: grids of all convolutions but the first and Detect's last.
         first_layer_bits, detect_bits: weight and input bits of those (the image itself is always 8 bit).
         layers: regular expression (full match of a convolution's module name) -> ``LayerOverride``.
+        auto_bits: a budget from which ``layers`` is filled.
         options: of the method, see its ``Options``; all have ``paper``.
-        calibration, gabfusion, ada: see their classes.
+        calibration, gabfusion, ada, distillation: see their classes.
     """
 
     method: str = "lsq"
+    target: str = "onnxruntime"
     weight: WeightConfig = field(default_factory=WeightConfig)
     activation: ActivationConfig = field(default_factory=ActivationConfig)
     first_layer_bits: int = 8
     detect_bits: int = 8
     layers: dict[str, LayerOverride] = field(default_factory=dict)
+    auto_bits: AutoBits = field(default_factory=AutoBits)
     options: dict[str, Any] = field(default_factory=dict)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     gabfusion: FusionConfig = field(default_factory=FusionConfig)
-    ada: DistillationConfig = field(default_factory=DistillationConfig)
+    ada: AttentionConfig = field(default_factory=AttentionConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     def method_options(self, where: str = "recipe") -> MethodOptions:
         """``options`` as an instance of the method's ``Options``.
@@ -192,17 +271,67 @@ class QuantConfig:
     def validate(self, where: str = "recipe") -> None:
         """Raises UserError naming the key of the first impossible value."""
         _choice(f"{where}: method", self.method, tuple(QUANTIZERS))
+        _choice(f"{where}: target", self.target, ("onnxruntime", "tensorrt"))
         _choice(f"{where}: first_layer_bits", self.first_layer_bits, BITS)
         _choice(f"{where}: detect_bits", self.detect_bits, BITS)
-        for name in ("weight", "activation", "calibration", "gabfusion", "ada"):
+        for name in ("weight", "activation", "auto_bits", "calibration", "gabfusion", "ada", "distillation"):
             getattr(self, name).validate(f"{where}: {name}")
-        self.method_options(where)
+        schemes = ("auto", *QUANTIZERS[self.method].schemes)
+        _choice(f"{where}: activation.scheme under method {self.method}", self.activation.scheme, schemes)
+        options = self.method_options(where)
+        if self.target == "tensorrt":
+            self._check_tensorrt(options, where)
         for pattern, override in self.layers.items():
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise UserError(f"{where}: layers: {pattern!r} is not a regular expression ({error})") from None
             override.validate(f"{where}: layers: {pattern}")
+
+    def _check_tensorrt(self, options: MethodOptions, where: str) -> None:
+        """Raises UserError where TensorRT (int8 codes, zero point 0) could not run what would be trained."""
+        scheme, output = self.activation.scheme, self.activation.output
+        if scheme not in ("auto", "signed"):
+            raise UserError(
+                f"{where}: target: tensorrt has zero points of 0 only, and activation.scheme is {scheme}; leave the "
+                "scheme out, or set it to signed"
+            )
+        if output is not None:
+            raise UserError(
+                f"{where}: target: tensorrt fuses a convolution with its activation function, which activation.output "
+                "would tear apart; leave it out"
+            )
+        if self.gabfusion.enabled and self.gabfusion.fold == "finetune":
+            raise UserError(
+                f"{where}: target: tensorrt has zero points of 0 only, and gabfusion.fold: finetune leaves a shift; "
+                "set gabfusion.fold to anneal"
+            )
+        widths = {self.activation.bits, self.detect_bits, *(o.activation_bits for o in self.layers.values())} - {None}
+        for bits in sorted(widths):
+            form = QUANTIZERS[self.method].for_activations(bits, "signed", options).integer()
+            if form.thresholds is not None:
+                raise UserError(
+                    f"{where}: target: tensorrt has no operator for the thresholds of method {self.method}; take "
+                    "another method, or target: onnxruntime"
+                )
+            if form.zero_point != 0 or form.grid.qmin >= 0:
+                raise UserError(
+                    f"{where}: target: tensorrt needs grids with a sign and zero point 0, and {self.method} makes "
+                    f"{form.grid.qmin} .. {form.grid.qmax} with these options; set options.paper to false, or take "
+                    "another method"
+                )
+
+    def resolved_scheme(self) -> str:
+        """``activation.scheme`` with ``auto`` replaced: signed for TensorRT, else affine."""
+        if self.activation.scheme != "auto":
+            return self.activation.scheme
+        return "signed" if self.target == "tensorrt" else "affine"
+
+    def bits_label(self) -> str:
+        """The general bits in short: ``w4a4``, or ``w4.5a5 mixed`` where they are chosen layer by layer."""
+        if self.auto_bits.average is None:
+            return f"w{self.weight.bits}a{self.activation.bits}"
+        return f"w{self.auto_bits.average:g}a{self.activation.bits} mixed"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python, as it goes into YAML files and checkpoints."""
@@ -222,6 +351,11 @@ class QuantConfig:
         config = _from_dict(cls, values, where, "")
         config.validate(where)
         return config
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any loss compares with a float teacher."""
+        return self.ada.enabled or bool(self.distillation.weights)
 
     def resolved_divergence(self) -> str:
         """``ada.divergence`` with ``auto`` replaced: kl suits PACT and LSQ, js DSQ and N2UQ."""
@@ -259,14 +393,17 @@ def _from_dict(cls: type, values: Any, where: str, path: str) -> Any:
             raise UserError(f"{where}: {full}: {value!r} is not true or false")
         elif isinstance(default, int) and not isinstance(default, bool) and not isinstance(value, int):
             raise UserError(f"{where}: {full}: {value!r} is not a whole number")
-        elif isinstance(default, float) and isinstance(value, str):
+        elif isinstance(value, str) and (isinstance(default, float) or known[key].type == "float | None"):
             value = _float_from_text(value, where, full)  # YAML 1.1 reads 1e-3 as text
         arguments[key] = value
     return cls(**arguments)
 
 
 def _block(value: Any, path: str) -> Any:
-    """Lets ``gabfusion`` and ``ada`` be switched by one word: true, false or their main option."""
+    """Lets blocks be switched by one word: ``gabfusion`` and ``ada`` by true, false or their main option,
+    ``distillation`` by the names of its terms."""
+    if path == "distillation":
+        return _distillation_block(value)
     if path == "gabfusion" and not isinstance(value, dict):
         return {"enabled": value} if isinstance(value, bool) else {"enabled": True, "balance": value}
     if path == "ada" and not isinstance(value, dict):
@@ -274,6 +411,21 @@ def _block(value: Any, path: str) -> Any:
     if path in ("gabfusion", "ada"):
         return {"enabled": True, **value}
     return value
+
+
+def _distillation_block(value: Any) -> Any:
+    """Names of terms, or ``true`` in place of a weight, become the weights of ``DISTILLATION_WEIGHTS``."""
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, list):
+        value = {str(name): True for name in value}
+    if value is False or not isinstance(value, dict):
+        return {} if value is False else value
+    defaults = {True: DISTILLATION_WEIGHTS, False: dict.fromkeys(DISTILLATION_WEIGHTS, 0.0)}
+    return {
+        key: defaults[number][key] if isinstance(number, bool) and key in DISTILLATION_WEIGHTS else number
+        for key, number in value.items()
+    }
 
 
 def _float_from_text(text: str, where: str, path: str) -> float:
@@ -291,11 +443,32 @@ def parse_bits(text: str | int) -> tuple[int, int]:
     """
     match = re.fullmatch(r"(\d+)|[wW](\d+)[aA](\d+)", str(text).strip())
     if not match:
-        raise UserError(f"--bits {text}: write one number (4) or weights and activations (w4a8)")
+        raise UserError(f"--bits {text}: write one number (4), weights and activations (w4a8) or a budget (auto:4.5)")
     weight, activation = (match[1], match[1]) if match[1] else (match[2], match[3])
     for bits in (int(weight), int(activation)):
         _choice(f"--bits {text}", bits, BITS)
     return int(weight), int(activation)
+
+
+def parse_auto_bits(text: str) -> tuple[AutoBits, int, int]:
+    """The budget, and general weight and activation bits, from ``auto:4.5``, ``auto:4a8`` or ``auto:4:bops``.
+
+    Without ``a8`` activations have the budget rounded up.
+
+    Raises:
+        UserError: another form, or bits outside 2..8.
+    """
+    match = re.fullmatch(r"auto:(\d+(?:\.\d+)?)(?:a(\d+))?(?::(\w+))?", text.strip().lower())
+    if not match:
+        raise UserError(
+            f"--bits {text}: write auto and the average weight bits (auto:4.5); with the bits of activations "
+            "(auto:4.5a8); with an average over bit operations instead of parameters (auto:4.5:bops)"
+        )
+    auto = AutoBits(float(match[1]), match[3] or "parameters")
+    auto.validate(f"--bits {text}: auto_bits")
+    activation = int(match[2]) if match[2] else math.ceil(auto.average)
+    _choice(f"--bits {text}: activations", activation, BITS)
+    return auto, round(auto.average), activation
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -354,14 +527,23 @@ def build_config(
     if recipe:
         changes = read_recipe(recipe)
         QuantConfig.from_dict(changes, str(recipe))
-        changes = {key: _block(value, key) if key in ("gabfusion", "ada") else value for key, value in changes.items()}
+        changes = {key: _block(value, key) for key, value in changes.items()}
         values = merge(values, changes)
     flags: dict[str, Any] = {}
     if method is not None:
         flags["method"] = method
     if bits is not None:
-        weight, activation = parse_bits(bits)
-        flags |= {"weight": {"bits": weight}, "activation": {"bits": activation}}
+        if values["auto_bits"]["resolved"]:
+            raise UserError(
+                f"--bits {bits}: {recipe} holds bits that were chosen layer by layer already. Leave --bits out, or "
+                "delete the keys layers and auto_bits there"
+            )
+        auto = AutoBits()
+        if str(bits).strip().lower().startswith("auto"):
+            auto, weight, activation = parse_auto_bits(str(bits))
+        else:
+            weight, activation = parse_bits(bits)
+        flags |= {"weight": {"bits": weight}, "activation": {"bits": activation}, "auto_bits": dataclasses.asdict(auto)}
     if gabfusion is not None:
         flags["gabfusion"] = _block(gabfusion, "gabfusion")
     if ada is not None:

@@ -1,15 +1,15 @@
 """GABFusion: balanced feature fusion for low-bit networks (arXiv 2511.05898).
 
-At a Concat with K branches F_i:
+At a Concat or Add with K branches F_i:
 
     alpha = softmax(lambda)                                     (version 2, eq. 5)
-    h     = cat(K * alpha_i * F_i)
+    h     = cat(K * alpha_i * F_i)      at an Add: the sum of K * alpha_i * F_i
     n(h)  = (h - m) / s * s0 + m0       m, s: mean and deviation over channels at each location (eq. 6)
     y     = (1 - w) * h + w * n(h)
 
-lambda starts at 0, so at insertion h is the old concatenation. Ours are the factor K, the calibrated scalars s0 and m0
-(means of s and m over calibration images) and the strength w, which ramps up and returns to 0 before training ends: the
-pretrained network survives the insertion and the exported one contains nothing but a factor per branch.
+lambda starts at 0, so at insertion h is the old concatenation (or sum). Ours are the factor K, the calibrated scalars
+s0 and m0 (means of s and m over calibration images) and the strength w, which ramps up and returns to 0 before training
+ends: the pretrained network survives the insertion and the exported one contains nothing but a factor per branch.
 ``paper`` drops them: y = LN(cat(alpha_i * F_i)).
 
 ``learnable`` trains lambda by back-propagation (version 1 of the paper). ``feedback`` moves it by the gradient energies
@@ -17,6 +17,9 @@ G_i of the branches (version 2, eq. 7 to 10):
 
     Gbar_i  <- (1 - beta) * Gbar_i + beta * G_i,   G_i = ||dL / dF_i|| through this node
     lambda_i <- lambda_i - eta * (log Gbar_i - mean_j log Gbar_j)
+
+All branches of a sum receive one gradient, so at an Add the energies differ by the factors alone and the feedback law
+can only pull them back to 1; weighted sums need ``learnable``.
 """
 
 from __future__ import annotations
@@ -25,21 +28,38 @@ import torch
 from torch import Tensor, nn
 
 STATISTICS_EPSILON = 1e-5
+OPERATIONS = ("concat", "add")
+
+
+def join(branches: list[Tensor], operation: str) -> Tensor:
+    """K tensors (B, C_i, H, W) -> their concatenation over channels, or for ``add`` their sum."""
+    if operation == "concat":
+        return torch.cat(branches, 1)
+    total = branches[0]
+    for branch in branches[1:]:
+        total = total + branch
+    return total
 
 
 class GABFusion(nn.Module):
-    """Replaces ``torch.cat`` inside a Concat.
+    """Replaces ``torch.cat`` inside a Concat, or the sum inside an Add.
 
     Args:
         branches: K, the number of inputs.
         balance: ``learnable``, ``feedback`` or ``fixed``.
         paper: the paper's form.
         beta, eta, epsilon: constants of the feedback law.
+        operation: ``concat`` or ``add``.
+
+    Attributes:
+        deviation_range: smallest and largest s (mean over a batch's locations) since ``clear_monitors``, (2,).
+        axis_error: while ``probe`` is set, mean distance in units of s0 between the mean over channels of n(h) and m0:
+            0 unless the statistics are taken over another axis.
     """
 
     no_weight_decay = True
     # Schedule state and the controller's statistics: the EMA copies them, an average would mean nothing.
-    ema_copied = ("strength", "energy", "energy_average", "updates")
+    ema_copied = ("strength", "energy", "energy_average", "updates", "deviation_range", "axis_error")
 
     def __init__(
         self,
@@ -49,8 +69,12 @@ class GABFusion(nn.Module):
         beta: float = 0.1,
         eta: float = 0.01,
         epsilon: float = 1e-12,
+        operation: str = "concat",
     ) -> None:
         super().__init__()
+        if operation not in OPERATIONS:
+            raise ValueError(f"operation {operation!r}: choose one of {', '.join(OPERATIONS)}")
+        self.operation = operation
         self.branches, self.balance, self.paper = branches, balance, paper
         self.beta, self.eta, self.epsilon = beta, eta, epsilon
         logits = torch.zeros(branches)
@@ -67,6 +91,11 @@ class GABFusion(nn.Module):
         self.register_buffer("energy", torch.zeros(branches))  # G_i of the last backward pass
         self.register_buffer("energy_average", torch.zeros(branches))  # Gbar_i
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        # What the monitors look at once an epoch; no part of the network's state.
+        self.register_buffer("deviation_range", torch.zeros(2), persistent=False)
+        self.register_buffer("axis_error", torch.zeros(()), persistent=False)
+        self.probe = False
+        self.clear_monitors()
         self._strength = float(self.strength)  # on the host, so that forward needs no device synchronisation
         self.statistics_fixed = False
         self.observer: list[tuple[Tensor, Tensor]] | None = None
@@ -77,9 +106,14 @@ class GABFusion(nn.Module):
         return alpha if self.paper else alpha * self.branches
 
     def set_strength(self, strength: float) -> None:
-        """Sets w, 0 (plain concatenation) to 1 (normalised)."""
+        """Sets w, 0 (plain fusion) to 1 (normalised)."""
         self._strength = float(strength)
         self.strength.fill_(self._strength)
+
+    def clear_monitors(self) -> None:
+        """Forgets what the monitors have seen."""
+        self.deviation_range[0], self.deviation_range[1] = torch.inf, 0.0
+        self.axis_error.zero_()
 
     @property
     def is_identity(self) -> bool:
@@ -87,14 +121,14 @@ class GABFusion(nn.Module):
         return self._strength == 0.0 or self.statistics_fixed
 
     def forward(self, branches: list[Tensor]) -> Tensor:
-        """K tensors (B, C_i, H, W) -> (B, sum C_i, H, W)."""
+        """K tensors (B, C_i, H, W) -> (B, sum C_i, H, W); at an Add all C_i are C, and so is the output."""
         factors = self.factors()
         scaled = [branch * factor.to(branch.dtype) for branch, factor in zip(branches, factors, strict=True)]
         if self.training and torch.is_grad_enabled():
             for index, branch in enumerate(scaled):
                 if branch.requires_grad:
                     branch.register_hook(self._energy_hook(index))
-        h = torch.cat(scaled, 1)
+        h = join(scaled, self.operation)
         if self.statistics_fixed:
             gain, shift_steps = self.constants()
             return gain * h + shift_steps * self.snap_step
@@ -104,8 +138,20 @@ class GABFusion(nn.Module):
         if self.observer is not None:
             self.observer.append((m.mean(), s.mean()))
         normalised = (h - m) * (self.deviation / s) + self.mean
+        if self.training:
+            self._note(s.detach(), normalised.detach())
         # lerp is one pass, and exact at 0 and 1.
         return normalised if self._strength == 1.0 else torch.lerp(h, normalised.to(h.dtype), self._strength)
+
+    @torch.no_grad()
+    def _note(self, s: Tensor, normalised: Tensor) -> None:
+        """Keeps for the monitors, on the device, how large s is and whether n(h) has the mean m0 over channels."""
+        mean = s.mean()
+        torch.minimum(self.deviation_range[0], mean, out=self.deviation_range[0])
+        torch.maximum(self.deviation_range[1], mean, out=self.deviation_range[1])
+        if self.probe:
+            error = (normalised.float().mean(1) - self.mean).abs().mean() / self.deviation
+            self.axis_error.copy_(error)
 
     @staticmethod
     def _statistics(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,7 +211,8 @@ class GABFusion(nn.Module):
         self.statistics_fixed = bool(self.snap_step > 0)
 
     def extra_repr(self) -> str:
-        return f"branches={self.branches}, balance={self.balance}" + (", paper" if self.paper else "")
+        form = f"{self.operation}, branches={self.branches}, balance={self.balance}"
+        return form + (", paper" if self.paper else "")
 
 
 def fusion_nodes(model: nn.Module) -> dict[str, GABFusion]:
@@ -179,7 +226,13 @@ def set_strength(model: nn.Module, strength: float) -> None:
         module.set_strength(strength)
 
 
-def strength_at(progress: float, ramp: float, hold: float, release: float) -> float:
+def update_balance(model: nn.Module, gradient_scale: float = 1.0) -> None:
+    """One step of the controller at every fusion node: after each backward pass that leads to an optimizer step."""
+    for module in fusion_nodes(model).values():
+        module.update_balance(gradient_scale)
+
+
+def strength_at(progress: float, ramp: float = 0.05, hold: float = 0.5, release: float = 0.9) -> float:
     """The strength w at ``progress`` (0..1) of the quantized epochs: up until ``ramp``, 1 until ``hold``, 0 from
     ``release``."""
     if progress >= release:

@@ -10,7 +10,21 @@ DequantizeLinear.
     Concat | MaxPool | Resize -> Quantize becomes   Quantize -> Concat | MaxPool | ... (hoist_quantizers)
 
 The first and the last are exact: quantizing is element by element and never decreasing, so it may be done before a
-concatenation, a nearest-neighbour resize or a maximum. Afterwards these move codes of one byte instead of floats.
+concatenation, a nearest-neighbour resize or a maximum. Afterwards these move codes of one byte instead of floats. For
+TensorRT nothing is moved: it wants every QuantizeLinear next to its DequantizeLinear and moves them itself.
+
+A grid with thresholds (N2UQ) counts those that are <= x. Standard operators for that, in onnxruntime 1.31 on one core,
+nanoseconds a value for 3, 15 and 255 thresholds (a uniform grid takes 0.4):
+
+    comparisons, each choosing between its code and the ones below (Where, uint8)     1.7     7.6    188
+    comparisons, cast and added up as floats (Sum)                                    3.5      22    412
+    comparisons, cast and added up as uint8 (not in onnxruntime 1.20)                 1.4     6.3    119
+    binary search, next threshold chosen by Where                                     4.6      21    334
+    binary search, next threshold looked up by Gather                                 8.9      28     82
+    clipped ramps added up, then QuantizeLinear (not exact at the thresholds)         4.8      24    650
+
+All but the last are exact. Written is the first up to 31 thresholds; with more it finds the neighbourhood (31 of them),
+and Gather searches inside it.
 """
 
 import copy
@@ -37,8 +51,12 @@ DEFAULT_OPSET = 17
 INT4_OPSET = 21  # the first one with 4-bit tensors
 # DequantizeLinear has one scale per channel from opset 13.
 LOWEST_QUANTIZED_OPSET = 13
+# Comparisons up to here, a search by Gather beyond.
+_MOST_COMPARISONS = 31
 # What the tracer writes; anything newer is converted afterwards, because its own newer opsets vary between versions.
 _HIGHEST_TRACED_OPSET = 17
+# Name of the smallest float32.
+_LOWEST = "scale_lowest"
 # Operators that only select or take the maximum of values along the first input.
 _COMMUTE_WITH_QUANTIZE = ("MaxPool", "Resize", "Slice")
 
@@ -73,36 +91,46 @@ class ExportedGraph:
 
 
 # The schema is spelt out because torch 2.6 cannot infer one from list[float].
-GRID_SCHEMA = "(Tensor x, float[] steps, int[] zero_points, int[] limits, str module) -> Tensor"
+GRID_SCHEMA = "(Tensor x, float[] steps, int[] zero_points, int[] limits, float[] thresholds, str module) -> Tensor"
 
 
 @torch.library.custom_op(f"{DOMAIN}::activation_grid", mutates_args=(), schema=GRID_SCHEMA)
 def _activation_grid(
-    x: Tensor, steps: Sequence[float], zero_points: Sequence[int], limits: Sequence[int], module: str
+    x: Tensor,
+    steps: Sequence[float],
+    zero_points: Sequence[int],
+    limits: Sequence[int],
+    thresholds: Sequence[float],
+    module: str,
 ) -> Tensor:
-    codes = torch.clamp(torch.round(x / steps[0]) + zero_points[0], limits[0], limits[1])
+    if thresholds:
+        codes = torch.bucketize(x, x.new_tensor(thresholds), right=True).to(x.dtype)
+    else:
+        codes = torch.clamp(torch.round(x / steps[0]) + zero_points[0], limits[0], limits[1])
     return (codes - zero_points[1]) * steps[1]
 
 
 @torch.library.custom_op(f"{DOMAIN}::integer_weight", mutates_args=())
-def _integer_weight(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+def _integer_weight(codes: Tensor, scale: Tensor, bits: int, multiplier: int) -> Tensor:
     return codes.to(scale.dtype) * scale.reshape(-1, *[1] * (codes.dim() - 1))
 
 
-@symbolic_helper.parse_args("v", "fs", "is", "is", "s")
-def _activation_grid_symbolic(graph, x, steps, zero_points, limits, module):
+@symbolic_helper.parse_args("v", "fs", "is", "is", "fs", "s")
+def _activation_grid_symbolic(graph, x, steps, zero_points, limits, thresholds, module):
     grid = {"step_f": steps[0], "output_step_f": steps[1], "low_i": limits[0], "high_i": limits[1]}
     zero_point, output_zero_point = zero_points
     grid |= {"zero_point_i": zero_point, "output_zero_point_i": output_zero_point, "module_s": module}
+    if thresholds:
+        grid["thresholds_f"] = thresholds
     node = graph.op(f"{DOMAIN}::ActivationGrid", x, **grid)
     # Without a type the tracer could no longer see static shapes behind the first grid.
     node.setType(x.type())
     return node
 
 
-@symbolic_helper.parse_args("v", "v", "i")
-def _integer_weight_symbolic(graph, codes, scale, bits):
-    node = graph.op(f"{DOMAIN}::IntegerWeight", codes, scale, bits_i=bits)
+@symbolic_helper.parse_args("v", "v", "i", "i")
+def _integer_weight_symbolic(graph, codes, scale, bits, multiplier):
+    node = graph.op(f"{DOMAIN}::IntegerWeight", codes, scale, bits_i=bits, multiplier_i=multiplier)
     node.setType(codes.type().with_dtype(torch.float32))
     return node
 
@@ -119,7 +147,8 @@ class _TracedGrid(nn.Module):
     def __init__(self, grid: ActivationGrid, name: str) -> None:
         super().__init__()
         steps = [float(grid.step), float(grid.output_step)]
-        self.grid = (steps, [grid.zero_point, grid.output_zero_point], [grid.qmin, grid.qmax], name)
+        thresholds = [] if grid.thresholds is None else grid.thresholds.tolist()
+        self.grid = (steps, [grid.zero_point, grid.output_zero_point], [grid.qmin, grid.qmax], thresholds, name)
 
     def forward(self, x: Tensor) -> Tensor:
         return _activation_grid(x, *self.grid)
@@ -134,15 +163,19 @@ class _TracedConvolution(nn.Module):
             self.add_module(name, value)
         self.register_buffer("weight", convolution.weight_codes)
         self.register_buffer("scale", convolution.weight_scale)
-        self.register_buffer("bias", convolution.bias)
+        integer = convolution.bias_codes is not None
+        self.register_buffer("bias", convolution.bias_codes if integer else convolution.bias)
+        self.register_buffer("bias_scale", convolution.bias_scale)
         self.settings = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
-        self.bits = int(convolution.weight_bits)
+        self.bits, self.multiplier = int(convolution.container_bits), convolution.multiplier
 
     def forward(self, x: Tensor) -> Tensor:
         before, after = getattr(self, "input_quantizer", None), getattr(self, "output_quantizer", None)
         if before is not None:
             x = before(x)
-        x = F.conv2d(x, _integer_weight(self.weight, self.scale, self.bits), self.bias, *self.settings)
+        weight = _integer_weight(self.weight, self.scale, self.bits, self.multiplier)
+        bias = self.bias if self.bias_scale is None else _integer_weight(self.bias, self.bias_scale, 32, 1)
+        x = F.conv2d(x, weight, bias, *self.settings)
         return x if after is None else after(x)
 
 
@@ -298,6 +331,42 @@ def split_grids(graph: GraphProto) -> dict[str, str]:
     return codes
 
 
+def check_symmetric(graph: GraphProto) -> None:
+    """Raises UserError unless all codes are int8 with zero point 0, which is what TensorRT runs."""
+    for node in graph.node:
+        grid = attributes(node) if node.op_type in ("Quantize", "Dequantize") else {"zero_point": 0, "signed": 1}
+        if grid.get("thresholds") or grid["zero_point"] != 0 or not grid["signed"]:
+            raise UserError(
+                f"{grid.get('module', node.output[0])}: TensorRT runs int8 codes with zero point 0 only; train with "
+                "target: tensorrt in the recipe"
+            )
+
+
+def requantize_concats(graph: GraphProto) -> None:
+    """Quantizes again what concatenates dequantized branches, by their own grid, which changes no value.
+
+    TensorRT runs a convolution in int8 if DequantizeLinear stands right in front of it, and a Concat if all its inputs
+    and its output have one scale.
+    """
+    made_by = producers(graph.node)
+    nodes, replacements = [], {}
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = replacements.get(name, name)
+        nodes.append(node)
+        sources = [made_by.get(name) for name in node.input]
+        if node.op_type != "Concat" or not all(source and source.op_type == "Dequantize" for source in sources):
+            continue
+        grid = attributes(sources[0])
+        if any(attributes(source) != grid for source in sources):
+            continue
+        name = node.output[0]
+        nodes.append(_quantize(name, f"{name}.again", {**grid, "low": -128, "high": 127}))
+        nodes.append(_dequantize(f"{name}.again", f"{name}.values", **grid))
+        replacements[name] = f"{name}.values"
+    _write_nodes(graph, nodes)
+
+
 def sink_dequantizers(graph: GraphProto) -> None:
     """Concatenates codes instead of values where all branches of a Concat are dequantized alike."""
     made_by = producers(graph.node)
@@ -349,6 +418,40 @@ def hoist_quantizers(graph: GraphProto) -> None:
         _write_nodes(graph, nodes)
 
 
+def keep_biases_float(graph: GraphProto) -> None:
+    """Keeps onnxruntime from rounding biases that the network does not round, by a Max that it cannot see through.
+
+    It runs Dequantize -> Conv -> Quantize in integers, also across a Relu or Clip that the quantizer's range makes
+    superfluous, and rounds a float bias to steps of input times weight. At 4 bits these are a fifth of an output step.
+    (Under ``activation.output`` the bias is an integer already, and what is wanted is just that.)
+    """
+    made_by = producers(graph.node)
+    readers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    outputs = {value.name for value in graph.output}
+
+    def only_reader(node: NodeProto) -> NodeProto | None:
+        found = readers.get(node.output[0], [])
+        return found[0] if len(found) == 1 and node.output[0] not in outputs else None
+
+    behind: dict[str, list[NodeProto]] = {}  # convolution's result -> what is put behind it
+    for node in graph.node:
+        bias = made_by.get(node.input[2]) if node.op_type == "Conv" and len(node.input) > 2 else node
+        reader = only_reader(node) if bias is None else None
+        if reader is not None and reader.op_type in ("Relu", "Clip"):
+            reader = only_reader(reader)
+        if reader is not None and reader.op_type == "Quantize":
+            name = node.output[0]
+            behind[name] = [helper.make_node("Max", [f"{name}.raw", _LOWEST], [name])]
+            node.output[0] = f"{name}.raw"
+    if behind:
+        graph.initializer.append(numpy_helper.from_array(np.asarray(np.finfo(np.float32).min), _LOWEST))
+        raw = [[node, *behind.get(node.output[0].removesuffix(".raw"), [])] for node in graph.node]
+        _write_nodes(graph, [node for nodes in raw for node in nodes])
+
+
 def merge_duplicates(graph: GraphProto) -> dict[str, str]:
     """Keeps one of several nodes that compute the same from the same. Returns removed tensor -> kept tensor."""
     outputs = {value.name for value in graph.output}
@@ -388,11 +491,19 @@ def remove_unused(graph: GraphProto) -> None:
 
 
 class _Lowering:
-    """Collects standard nodes and the constants they need."""
+    """Collects standard nodes and the constants they need.
 
-    def __init__(self, graph: GraphProto) -> None:
-        self.graph = graph
+    Args:
+        graph: takes the constants.
+        clip_floats: codes of fewer than 8 bits are clipped in front of QuantizeLinear, as values, instead of behind it.
+        packed_bits: weights of at most so many bits will be packed and must keep their small codes.
+    """
+
+    def __init__(self, graph: GraphProto, clip_floats: bool, packed_bits: int) -> None:
+        self.graph, self.clip_floats, self.packed_bits = graph, clip_floats, packed_bits
         self.nodes: list[NodeProto] = []
+        self.stored = {tensor.name: tensor for tensor in graph.initializer}
+        self.multiplied: set[str] = set()
         self.constants = {tensor.name for tensor in graph.initializer}
 
     def constant(self, name: str, value: np.ndarray) -> str:
@@ -410,8 +521,61 @@ class _Lowering:
         """A scale of its own for every node: a file with GABFusion then has as many constants as one without."""
         return self.constant(f"scale_{len(self.nodes)}", np.float32(value))
 
+    def add(self, operator: str, inputs: Sequence[str], output: str, **settings) -> str:
+        """Appends a node and returns its output."""
+        self.nodes.append(helper.make_node(operator, inputs, [output], **settings))
+        return output
+
     def quantize(self, node: NodeProto) -> None:
         grid = attributes(node)
+        if grid.get("thresholds"):
+            self.count(node.input[0], np.asarray(grid["thresholds"], np.float32), node.output[0])
+        elif self.clip_floats:
+            self.clip_and_quantize(node, grid)
+        else:
+            self.quantize_and_clip(node, grid)
+
+    def count(self, x: str, thresholds: np.ndarray, output: str) -> None:
+        """Writes the number of ``thresholds`` that are <= ``x`` into ``output``, as uint8 (see the file's top)."""
+        levels = len(thresholds) + 1
+        stride = 1  # how many levels one result of the comparisons stands for
+        while -(-levels // stride) > _MOST_COMPARISONS + 1:
+            stride *= 2
+        padded = np.append(thresholds, np.full(-levels % stride, np.inf, np.float32))
+        coarse = padded[stride - 1 :: stride]
+        count = self.code(0, 0)
+        for index, threshold in enumerate(coarse):
+            last = stride == 1 and index == len(coarse) - 1
+            passed = self.add("GreaterOrEqual", [x, self.threshold(threshold)], f"{output}.passed{index}")
+            name = output if last else f"{output}.count{index}"
+            count = self.add("Where", [passed, self.code(index + 1, 0), count], name)
+        if stride > 1:
+            count = self.add("Cast", [count], f"{output}.part{stride}", to=TensorProto.INT32)
+        while stride > 1:  # count * stride thresholds are known to be <= x, and (count + 1) * stride known not to be
+            middle = self.constant(f"thresholds_{len(self.nodes)}", padded[stride // 2 - 1 :: stride])
+            stride //= 2
+            name = f"{output}.part{stride}"
+            border = self.add("Gather", [middle, count], f"{name}.border")
+            passed = self.add("GreaterOrEqual", [x, border], f"{name}.passed")
+            one = self.add("Cast", [passed], f"{name}.one", to=TensorProto.INT32)
+            count = self.add("Add", [self.add("Add", [count, count], f"{name}.twice"), one], name)
+            if stride == 1:
+                self.add("Cast", [count], output, to=TensorProto.UINT8)
+
+    def threshold(self, value: np.float32) -> str:
+        return self.constant(f"scale_{len(self.nodes)}", value)
+
+    def clip_and_quantize(self, node: NodeProto, grid: dict) -> None:
+        """Clips values to the outermost levels, which round to the outermost codes."""
+        signed, source = grid["signed"], node.input[0]
+        zero_point, scale = self.code(grid["zero_point"], signed), self.scale(grid["step"])
+        if (grid["low"], grid["high"]) != ((-128, 127) if signed else (0, 255)):
+            limits = [np.float32(grid["step"]) * np.float32(grid[end] - grid["zero_point"]) for end in ("low", "high")]
+            names = [self.constant(f"{scale}_{end}", limit) for end, limit in zip(("low", "high"), limits, strict=True)]
+            source = self.add("Clip", [source, *names], f"{node.output[0]}.clipped")
+        self.add("QuantizeLinear", [source, scale, zero_point], node.output[0])
+
+    def quantize_and_clip(self, node: NodeProto, grid: dict) -> None:
         signed = grid["signed"]
         zero_point, scale = self.code(grid["zero_point"], signed), self.scale(grid["step"])
         if (grid["low"], grid["high"]) == ((-128, 127) if signed else (0, 255)):
@@ -428,12 +592,24 @@ class _Lowering:
         self.nodes.append(helper.make_node("DequantizeLinear", inputs, node.output))
 
     def weight(self, node: NodeProto) -> None:
+        numbers = attributes(node)
+        # Packed ones are computed with in float, where only the bias has to be a multiple of the finer unit.
+        if numbers["bits"] > self.packed_bits and numbers["multiplier"] != 1:
+            self.multiply(*node.input, np.int8(numbers["multiplier"]))
         self.nodes.append(helper.make_node("DequantizeLinear", node.input, node.output, axis=0))
 
+    def multiply(self, codes: str, scale: str, multiplier: np.int8) -> None:
+        """Multiplies stored codes by a power of two and divides their scale by it, once."""
+        if codes not in self.multiplied:
+            self.multiplied.add(codes)
+            for name, change in ((codes, lambda v: v * multiplier), (scale, lambda v: v / np.float32(multiplier))):
+                tensor = self.stored[name]
+                tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor)), name))
 
-def lower(graph: GraphProto) -> list[QuantizerNode]:
-    """Writes QuantizeLinear, Clip and DequantizeLinear for the private nodes. Returns where each quantizer is."""
-    lowering = _Lowering(graph)
+
+def lower(graph: GraphProto, clip_floats: bool = False, packed_bits: int = 0) -> list[QuantizerNode]:
+    """Writes standard operators for the private nodes. Returns where each quantizer is."""
+    lowering = _Lowering(graph, clip_floats, packed_bits)
     write: dict[str, Callable[[NodeProto], None]] = {
         "Quantize": lowering.quantize,
         "Dequantize": lowering.dequantize,
@@ -441,7 +617,7 @@ def lower(graph: GraphProto) -> list[QuantizerNode]:
     }
     places = []
     for node in graph.node:
-        if node.op_type == "Quantize":
+        if node.op_type == "Quantize" and "module" in attributes(node):
             places.append(QuantizerNode(attributes(node)["module"], node.input[0], node.output[0]))
         write.get(node.op_type, lowering.nodes.append)(node)
     _write_nodes(graph, lowering.nodes)
@@ -457,7 +633,7 @@ def rename(graph: GraphProto) -> dict[str, str]:
     kept = {value.name for value in [*graph.input, *graph.output]}
     names = {}
     for index, tensor in enumerate(graph.initializer):
-        traced = tensor.name.startswith(("/", "onnx::", "scale_")) or "_output_" in tensor.name
+        traced = tensor.name.startswith(("/", "onnx::", "scale_", "thresholds_")) or "_output_" in tensor.name
         names[tensor.name] = f"constant_{index}" if traced else tensor.name
     for index, node in enumerate(graph.node):
         for number, name in enumerate(node.output):
@@ -514,19 +690,23 @@ def _pack_weights(graph: GraphProto, names: Iterable[str]) -> None:
             tensor.CopyFrom(pack_int4(tensor))
 
 
-def build(traced: ModelProto, opset: int = DEFAULT_OPSET, int4_weights: bool = False) -> ExportedGraph:
+def build(
+    traced: ModelProto, opset: int = DEFAULT_OPSET, int4_weights: bool = False, target: str = "onnxruntime"
+) -> ExportedGraph:
     """Runs all passes over a traced model and writes standard operators.
 
     Args:
         traced: from ``trace``; it is not changed.
         opset: version of the standard operators, at least 21 with ``int4_weights``.
-        int4_weights: weights of at most 4 bits are stored as INT4 tensors, two codes a byte.
+        int4_weights: weights whose codes fit in 4 bits are stored as INT4 tensors, two codes a byte.
+        target: ``onnxruntime``, or ``tensorrt``: nothing between QuantizeLinear and DequantizeLinear.
 
     Returns:
         The model, checked by onnx, and where the quantizers are in it.
 
     Raises:
-        UserError: the opset is too old for what the graph needs, or onnx cannot convert to it.
+        UserError: the opset is too old for what the graph needs, onnx cannot convert to it, or the target cannot run
+            the graph.
     """
     model = copy.deepcopy(traced)
     graph = model.graph
@@ -536,12 +716,18 @@ def build(traced: ModelProto, opset: int = DEFAULT_OPSET, int4_weights: bool = F
     if quantized and opset < least:
         raise UserError(f"--opset {opset} has no operators for these weights; pass --opset {least} or more.")
     codes = split_grids(graph)
-    sink_dequantizers(graph)
-    hoist_quantizers(graph)
+    if target == "tensorrt":
+        check_symmetric(graph)
+        requantize_concats(graph)
+    else:
+        sink_dequantizers(graph)
+        hoist_quantizers(graph)
     merged = merge_duplicates(graph)
     remove_unused(graph)
+    if target == "onnxruntime":
+        keep_biases_float(graph)
     narrow = [node.input[0] for node in graph.node if node.op_type == "IntegerWeight" and attributes(node)["bits"] <= 4]
-    places = lower(graph)
+    places = lower(graph, clip_floats=target == "tensorrt", packed_bits=4 if int4_weights else 0)
     remove_unused(graph)
     names = rename(graph)
     # Types of inner tensors are the tracer's; they are wrong since codes replaced values, and readers infer them.

@@ -3,29 +3,40 @@
 * Every convolution gets a weight quantizer and reads a quantized input.
 * One quantizer per (tensor, grid): a block whose convolutions read one tensor quantizes it once, in its slot; readers
   of one tensor in different blocks share a quantizer if their grids agree.
-* The image is 8 bit with step 1/255. The first convolution and Detect's output convolutions are 8 bit by default.
+* The image is 8 bit with step 1/255 (for TensorRT 7 bit with step 1/127: int8 with zero point 0 has no more codes above
+  zero); under ``activation.image: learned`` its 8-bit grid is calibrated and trained. The first convolution, Detect's
+  output convolutions and those whose result the network returns are 8 bit by default.
+* ``activation.output`` adds a quantizer on the result of every convolution, behind its batch norm and in front of the
+  activation function; not where the network's own result comes out.
 * Pools, upsampling and concatenations run on unquantized values in training; as rounding commutes with all of them, the
   exporter can move the quantizers in front.
+* Any other layer with weights (linear, transposed, 1- and 3-dimensional ones, convolutions of a derived class) stays
+  float and is named in the log.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from models.common import Concat
+from models.common import Add, Concat
 from models.yolo import Detect, DetectionModel
 from quant.config import QuantConfig
 from quant.gabfusion import GABFusion, fusion_nodes
-from quant.layers import QuantConv2d
-from quant.lsq import FixedGrid
+from quant.layers import QuantBatchNorm2d, QuantConv2d, replace_module
+from quant.lsq import LSQ, FixedGrid
+from quant.primitives import activation_grid
 from quant.quantizer import Quantizer
 from quant.registry import QUANTIZERS
-from quant.trace import trace_readers
+from quant.trace import Flow, Readers, norms_behind, trace_flow, trace_readers
 from utils.errors import UserError
+from utils.log import LOGGER
+
+IMAGE_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -36,31 +47,28 @@ class LayerBits:
     activation: int
 
 
-def layer_bits(model: nn.Module, config: QuantConfig, first: set[str], names: list[str]) -> dict[str, LayerBits]:
-    """Bits of each convolution: overrides by regular expression, then first and Detect layers, then the general ones.
+def layer_bits(
+    model: nn.Module, config: QuantConfig, first: set[str], names: list[str], last: Collection[str] = ()
+) -> dict[str, LayerBits]:
+    """Bits of each convolution: overrides by regular expression, then first and last layers, then the general ones.
 
     Args:
         model: the network; convolutions inside a ``Detect`` module are its output convolutions.
         config: the policy.
         first: names of the convolutions that read the image.
         names: names of all convolutions.
+        last: convolutions that get ``detect_bits`` too: those whose result the network returns.
 
     Raises:
         UserError: an override that matches no convolution.
     """
-    detect = {
-        f"{name}.{inner}" if name else inner
-        for name, module in model.named_modules()
-        if isinstance(module, Detect)
-        for inner, part in module.named_modules()
-        if isinstance(part, nn.Conv2d)
-    }
+    last = detect_convolutions(model) | set(last)
     bits = {}
     for name in names:
         weight, activation = config.weight.bits, config.activation.bits
         if name in first:
-            weight, activation = config.first_layer_bits, 8
-        elif name in detect:
+            weight, activation = config.first_layer_bits, IMAGE_BITS
+        elif name in last:
             weight = activation = config.detect_bits
         bits[name] = LayerBits(weight, activation)
     for pattern, override in config.layers.items():
@@ -72,9 +80,20 @@ def layer_bits(model: nn.Module, config: QuantConfig, first: set[str], names: li
             )
         for name in matching:
             old = bits[name]
-            activation = 8 if name in first else override.activation_bits or old.activation
+            activation = IMAGE_BITS if name in first else override.activation_bits or old.activation
             bits[name] = LayerBits(override.weight_bits or old.weight, activation)
     return bits
+
+
+def detect_convolutions(model: nn.Module) -> set[str]:
+    """Names of the convolutions inside ``Detect`` modules."""
+    return {
+        f"{name}.{inner}" if name else inner
+        for name, module in model.named_modules()
+        if isinstance(module, Detect)
+        for inner, part in module.named_modules()
+        if isinstance(part, nn.Conv2d)
+    }
 
 
 def prepare(model: nn.Module, config: QuantConfig, example: Tensor | None = None) -> nn.Module:
@@ -85,23 +104,72 @@ def prepare(model: nn.Module, config: QuantConfig, example: Tensor | None = None
     Args:
         model: a float network whose batch norms are not folded.
         config: the policy.
-        example: input (B, 3, H, W) for finding out who reads what; needed unless ``model`` is a DetectionModel.
+        example: input (B, 3, H, W) for finding out who reads what; needed unless ``model`` is a DetectionModel. Its
+            shape is kept in ``model.example_shape``, so that ``fold`` and others can do without.
 
     Returns:
         ``model``.
 
     Raises:
-        UserError: already quantized, GABFusion without a Concat, an override that matches nothing.
+        UserError: an impossible configuration, already quantized, nothing to quantize, GABFusion without a Concat, an
+            override that matches nothing.
     """
+    config.validate("the configuration")
     if any(isinstance(module, QuantConv2d) for module in model.modules()):
         raise UserError("this model is quantized already; start from a float checkpoint")
     if example is None:
         example = example_input(model)
-    readers = trace_readers(model, example)
-    names = list(readers.convolutions)
-    first = {name for name, tensor in readers.convolutions.items() if tensor == readers.image}
-    bits = layer_bits(model, config, first, names)
-    inputs = _InputQuantizers(config)
+    traced = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.BatchNorm2d))]
+    readers = trace_readers(model, example, traced)
+    names = [name for name in readers.convolutions if quantizable(model.get_submodule(name))]
+    if not names or isinstance(model, nn.Conv2d):
+        raise UserError(
+            "this model runs no nn.Conv2d inside that could be quantized (a single one: wrap it in Sequential)"
+        )
+    norms = {} if config.activation.output is None else norms_behind(model, trace_flow(model, example))
+    _quantize_convolutions(model, config, readers, names)
+    if config.activation.output is not None:
+        insert_output_quantizers(model, config.activation.output, readers, norms)
+    if config.gabfusion.enabled:
+        insert_fusion(model, config, example)
+    model.to(example.device)
+    model.quantization, model.example_shape = config.to_dict(), tuple(example.shape)
+    _log_float_layers(model)
+    return model
+
+
+def quantizable(conv: nn.Conv2d) -> bool:
+    """Whether ``conv`` is what ``QuantConv2d`` computes: of no derived class, padded with zeros if at all."""
+    return type(conv) is nn.Conv2d and conv.padding_mode == "zeros"
+
+
+def _log_float_layers(model: nn.Module) -> None:
+    """Names the layers with weights that are not quantized."""
+    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+    left = [
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and not isinstance(module, QuantConv2d)
+    ]
+    if left:
+        LOGGER.info(f"{len(left)} layers stay float: {', '.join(left[:8])}{', ...' if len(left) > 8 else ''}")
+
+
+def first_convolutions(readers: Readers) -> set[str]:
+    """The convolutions that read the image; where none does (it is normalised first), those that read what the
+    convolution that runs first reads."""
+    tensors = readers.convolutions.values()
+    tensor = readers.image if readers.image in tensors else next(iter(tensors))
+    return {name for name, read in readers.convolutions.items() if read == tensor}
+
+
+def _quantize_convolutions(model: nn.Module, config: QuantConfig, readers: Readers, names: list[str]) -> None:
+    """Replaces the convolutions ``names`` by quantized ones and fills the slots of blocks."""
+    first = first_convolutions(readers)
+    images = {readers.convolutions[name] for name in first}
+    last = [name for name in names if readers.outputs[name] in readers.results]
+    bits = layer_bits(model, config, first.intersection(names), names, last)
+    inputs = _InputQuantizers(config, readers.image)
     method, options = QUANTIZERS[config.method], config.method_options()
 
     in_slot: set[str] = set()
@@ -111,63 +179,152 @@ def prepare(model: nn.Module, config: QuantConfig, example: Tensor | None = None
         # An empty slot is right where the readers disagree (each then has its own quantizer) or an outer block has
         # quantized the tensor already.
         if len(grids) == 1 and not in_slot.intersection(inside):
-            model.get_submodule(block).input_quantizer = inputs.get(tensor, grids.pop(), tensor == readers.image)
+            model.get_submodule(block).input_quantizer = inputs.get(tensor, grids.pop(), tensor in images)
             in_slot.update(inside)
     for name in names:
         conv = model.get_submodule(name)
         tensor = readers.convolutions[name]
-        quantizer = None if name in in_slot else inputs.get(tensor, bits[name].activation, tensor == readers.image)
+        quantizer = None if name in in_slot else inputs.get(tensor, bits[name].activation, tensor in images)
         channels = conv.out_channels if config.weight.granularity == "channel" else None
         weight_quantizer = method.for_weights(bits[name].weight, channels, options)
-        model.set_submodule(name, QuantConv2d.from_float(conv, weight_quantizer, quantizer))
-    if config.gabfusion.enabled:
-        insert_fusion(model, config)
-    model.to(example.device)
-    model.quantization = config.to_dict()
-    return model
+        replace_module(model, conv, QuantConv2d.from_float(conv, weight_quantizer, quantizer))
 
 
 def example_input(model: nn.Module) -> Tensor:
-    """A small blank image that ``model`` accepts, (1, 3, side, side) with sides of twice the largest stride."""
-    side = 2 * int(max(model.stride)) if hasattr(model, "stride") else 64
-    return torch.zeros(1, 3, side, side, device=next(model.parameters()).device)
+    """A small blank image that ``model`` accepts: (1, 3, side, side) with sides of twice the largest stride, or for
+    networks other than a DetectionModel the shape that ``prepare`` was given.
+
+    Raises:
+        UserError: another network, which has not been prepared.
+    """
+    if isinstance(model, DetectionModel):
+        side = 2 * int(max(model.stride))
+        shape = (1, 3, side, side)
+    elif hasattr(model, "example_shape"):
+        shape = model.example_shape
+    else:
+        raise UserError(
+            f"{type(model).__name__}: what it reads is unknown; pass example=, an input tensor (B, 3, H, W)"
+        )
+    return torch.zeros(shape, device=next(model.parameters()).device)
 
 
 class _InputQuantizers:
     """Makes input quantizers, one per (tensor, bits)."""
 
-    def __init__(self, config: QuantConfig) -> None:
+    def __init__(self, config: QuantConfig, image: int) -> None:
+        # The fixed grid holds 0..1, so it serves nothing but the image itself.
+        self.fixed = image if config.activation.image == "fixed" else None
         self.method, self.options = QUANTIZERS[config.method], config.method_options()
-        self.scheme = config.activation.scheme
+        self.scheme, self.signed = config.resolved_scheme(), config.target == "tensorrt"
         self.made: dict[tuple[int, int], Quantizer] = {}
 
     def get(self, tensor: int, bits: int, is_image: bool) -> Quantizer:
         if (tensor, bits) not in self.made:
             self.made[tensor, bits] = (
-                FixedGrid() if is_image else self.method.for_activations(bits, self.scheme, self.options)
+                self._for_image(tensor) if is_image else self.method.for_activations(bits, self.scheme, self.options)
             )
         return self.made[tensor, bits]
 
+    def _for_image(self, tensor: int) -> Quantizer:
+        if tensor == self.fixed:
+            return FixedGrid(scheme="signed" if self.signed else "unsigned")
+        scheme = "signed" if self.signed else "affine"
+        return LSQ(IMAGE_BITS, activation_grid(IMAGE_BITS, scheme), scheme)
 
-def insert_fusion(model: nn.Module, config: QuantConfig) -> None:
-    """Puts a GABFusion module into every Concat of the network's top level (the neck; never into SPPF or C3).
+
+def insert_output_quantizers(model: nn.Module, bits: int, readers: Readers, norms: dict[str, str]) -> None:
+    """Quantizes what every convolution hands on: the batch norm behind it does, or it does so itself.
+
+    The grid is uniform and affine whatever the method is, because that is what integer convolutions write. Left out are
+    Detect's convolutions and those whose result the network returns: boxes and scores stay float.
+
+    Args:
+        model: with ``QuantConv2d``, traced before with the outputs of all convolutions.
+        bits: of the grid, 2 to 8.
+        readers: from ``trace_readers``.
+        norms: from ``norms_behind``.
+    """
+    detect = detect_convolutions(model)
+    for name in readers.convolutions:
+        norm_name = norms.get(name)
+        result = readers.outputs[norm_name or name]
+        if name in detect or result in readers.results or not isinstance(model.get_submodule(name), QuantConv2d):
+            continue
+        quantizer = LSQ(bits, activation_grid(bits, "affine"), "affine")
+        if norm_name is None:
+            model.get_submodule(name).output_quantizer = quantizer
+        else:
+            norm = model.get_submodule(norm_name)
+            replace_module(model, norm, QuantBatchNorm2d.from_float(norm, quantizer))
+
+
+def fusion_points(model: nn.Module, scope: str, flow: Flow) -> dict[str, Concat | Add]:
+    """The modules by name at which branches can be balanced.
+
+    Left out are concatenations over another dimension than channels, and those whose branches are pooled copies of one
+    tensor (an SPP written as rows of a model YAML): there is nothing to balance. SPPF and SPP themselves use neither.
+
+    Args:
+        model: any network.
+        scope: ``neck``, only what the network itself fuses; ``all``, the blocks of ``models.common`` (C3) too.
+        flow: from ``trace_flow``.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, (Concat, Add)) or name not in flow.branches or flow.copies_of_one(name):
+            continue
+        within = type(model.get_submodule(name.rpartition(".")[0])).__module__
+        if (scope == "neck" and within == Concat.__module__) or getattr(module, "d", 1) not in (1, -3):
+            continue
+        found[name] = module
+    return found
+
+
+def insert_fusion(model: nn.Module, config: QuantConfig, example: Tensor) -> None:
+    """Puts a GABFusion module into every Concat and Add that ``gabfusion.scope`` covers.
 
     Raises:
-        UserError: the model has no Concat.
+        UserError: the model has none.
     """
-    layers = model.model if isinstance(model, DetectionModel) else model
-    nodes = [layer for layer in layers.children() if isinstance(layer, Concat)]
-    if not nodes:
-        raise UserError("--gabfusion: this model has no Concat at which branches could be balanced; leave it out")
     fusion = config.gabfusion
-    for layer in nodes:
-        branches = len(layer.f) if isinstance(getattr(layer, "f", None), (list, tuple)) else 2
-        layer.balance = GABFusion(branches, fusion.balance, fusion.paper, fusion.beta, fusion.eta, fusion.epsilon)
+    flow = trace_flow(model, example)
+    points = fusion_points(model, fusion.scope, flow)
+    if not points:
+        raise UserError(
+            "--gabfusion: this model has no Concat or Add at which branches could be balanced; leave it out"
+            + ("" if fusion.scope == "all" else ", or try gabfusion.scope: all")
+        )
+    for name, module in points.items():
+        module.balance = GABFusion(
+            len(flow.branches[name]), fusion.balance, fusion.paper, fusion.beta, fusion.eta, fusion.epsilon,
+            "add" if isinstance(module, Add) else "concat",
+        )  # fmt: skip
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:
     """All quantizers of a prepared model by name, each once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
+
+
+def check_calibrated(model: nn.Module) -> None:
+    """Raises UserError, saying what to do, unless ``model`` is quantized and its quantizers have ranges."""
+    found = quantizers(model)
+    if not found:
+        raise UserError("this model is not quantized: train it with --quant, or prepare and calibrate it, first")
+    missing = [name for name, q in found.items() if not bool(q.initialised) and not isinstance(q, FixedGrid)]
+    if missing:
+        raise UserError(f"{len(missing)} quantizers have no range yet (first: {missing[0]}): calibrate the model first")
+
+
+def penalty(model: nn.Module) -> Tensor:
+    """Sum of the quantizers' own loss terms (PACT's L2), a scalar to add to a loss that is a mean over the batch."""
+    total = torch.zeros((), device=next(model.parameters()).device)
+    for quantizer in quantizers(model).values():
+        term = quantizer.penalty()
+        if term is not None:
+            total = total + term.reshape(())
+    return total
 
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:
@@ -194,17 +351,18 @@ def reading_quantizers(
 
 
 def fusion_readers(model: nn.Module) -> dict[str, Quantizer]:
-    """Fusion node name -> the quantizer that reads the fused tensor.
+    """Fusion node name -> the quantizer that reads the fused tensor, whose step ``fold: finetune`` snaps the shift to.
 
     Raises:
-        UserError: several grids, or none, read it, so that its normalisation cannot be folded into steps.
+        UserError: several grids, or none, read it.
     """
     concats = {node: node.removesuffix(".balance") for node in fusion_nodes(model)}
     reading = reading_quantizers(model, list(concats.values()))
     for node, concat in concats.items():
         if len(reading[concat]) != 1:
             raise UserError(
-                f"{node}: {len(reading[concat])} grids read this concatenation; folding it needs exactly one"
+                f"{node}: {len(reading[concat])} grids read this fusion, and gabfusion.fold: finetune needs exactly "
+                "one; set fold to anneal"
             )
     return {node: reading[concat][0] for node, concat in concats.items()}
 

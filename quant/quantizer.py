@@ -76,6 +76,7 @@ class Quantizer(nn.Module):
 
     no_weight_decay = True  # read by utils.optim: decay would pull steps to zero, and steps once turned negative
     Options: type[MethodOptions] = MethodOptions
+    schemes: tuple[str, ...] = ("affine", "unsigned", "signed")  # of activations, that a recipe may ask for
 
     def __init__(self, bits: int, grid: Grid, scheme: str, channels: int | None = None) -> None:
         super().__init__()

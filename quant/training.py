@@ -1,4 +1,7 @@
-"""What the quantized phase adds to a training loop: the fusion schedule, ADA, gradient balance, and their monitors."""
+"""What the quantized phase adds to a training loop: fusion schedule, distillation, gradient balance, penalties.
+
+All distillation, ADA's and that of ``quant.distillation``, comes from one forward pass of one frozen teacher.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,12 @@ from torch import Tensor, nn
 from models.yolo import DetectionModel
 from quant.ada import AttentionAlignment, freeze_teacher
 from quant.config import QuantConfig
+from quant.distillation import distillation_losses
 from quant.gabfusion import GABFusion, calibrate_fusion, fusion_nodes, set_strength, strength_at
+from quant.monitors import Monitors
 from quant.prepare import fusion_readers, quantizers, reading_quantizers
 from utils.errors import UserError
 from utils.log import LOGGER
-
-FACTOR_LIMITS = (0.1, 1.9)  # of K * alpha: outside, one branch has been switched off
-RATIO_LIMITS = (0.001, 1.0)  # of ADA's gradient to the task's
-COLLAPSED_STEP = 0.02  # share of its first value at which a step has collapsed
-DEAD_OBJECTNESS = 0.01  # largest objectness of a whole batch
 
 
 class QuantizedTraining:
@@ -26,7 +26,7 @@ class QuantizedTraining:
         model: the prepared network in training.
         average: the network whose weights are averaged (EMA), prepared alike.
         config: the quantization.
-        teacher: float network for ADA; frozen here. Needed only with ``config.ada.enabled``.
+        teacher: float network to learn from; frozen here. Needed only with ``config.needs_teacher``.
         epochs: number of quantized epochs.
     """
 
@@ -44,26 +44,32 @@ class QuantizedTraining:
         self.features: tuple[int, ...] = ()
         self.teacher: nn.Module | None = None
         self.first_steps = {name: q.current_step().detach().mean() for name, q in quantizers(model).items()}
-        self._ada_sum: Tensor | float = 0.0
-        self._ada_count = 0
-        self.gradient_ratio: float | None = None
-        self._warned: set[str] = set()
-        if self.nodes:
-            fusion_readers(model)  # refuses now what could not be folded later
-        if config.ada.enabled:
+        self.progress = 0.0
+        self.term_weights: dict[str, float] = {}  # distillation term -> weight
+        self._term_sums: dict[str, Tensor] = {}
+        self._term_count = 0
+        self.gradient_ratios: dict[str, float] = {}
+        self._penalised = [q for q in quantizers(model).values() if q.penalty() is not None]
+        if self.nodes and config.gabfusion.fold == "finetune":
+            fusion_readers(model)  # refuses now what could not be fixed later
+        if config.needs_teacher:
             self._set_up_distillation(teacher)
+        self.monitors = Monitors(model, self.nodes)
+        self.monitors.check_calibration(self.first_steps)
 
     def _set_up_distillation(self, teacher: nn.Module | None) -> None:
         if teacher is None:
-            raise UserError("--ada needs a float teacher: give --teacher FILE, or let the float phase train one")
-        ada = self.config.ada
+            raise UserError(
+                "--ada and distillation need a float teacher: give --teacher FILE, or let the float phase train one"
+            )
+        ada, other = self.config.ada, self.config.distillation
         self.teacher = freeze_teacher(teacher)
-        self.features = tuple(ada.layers or self.model.feature_layers)
-        last = self.model.detect.i
-        wrong = [index for index in self.features if not 0 <= index < last]
-        if wrong:
-            raise UserError(f"ada.layers: {wrong[0]} is not a layer of this model; its layers are 0 to {last - 1}")
-        names = {index: f"model.{index}" for index in self.features}
+        self.term_weights = ({"ada": ada.weight} if ada.enabled else {}) | other.weights
+        # Without features of its own a term is still measured where Detect reads.
+        self.ada_layers = self._layers("ada", ada.layers) if ada.enabled else ()
+        self.layers = self._layers("distillation", other.layers) if other.weights else ()
+        self.features = tuple(sorted({*self.ada_layers, *self.layers}))
+        names = {index: f"model.{index}" for index in self.ada_layers}
         reading = reading_quantizers(self.model, list(names.values()))
         self.readers = {index: (reading[name] or [None])[0] for index, name in names.items()}
         self.alignment = AttentionAlignment(
@@ -75,11 +81,19 @@ class QuantizedTraining:
             ada.quantized,
         )
 
+    def _layers(self, block: str, given: list[int] | None) -> tuple[int, ...]:
+        last = self.model.detect.i
+        wrong = [index for index in given or () if not 0 <= index < last]
+        if wrong:
+            raise UserError(f"{block}.layers: {wrong[0]} is not a layer of this model; its layers are 0 to {last - 1}")
+        return tuple(given or self.model.feature_layers)
+
     # --- schedule ---------------------------------------------------------------------------------------------------
 
     def set_progress(self, progress: float) -> None:
         """Sets the fusion strength for ``progress`` (0..1) of the quantized epochs."""
         fusion = self.config.gabfusion
+        self.progress = progress
         if not self.nodes:
             return
         if fusion.paper:
@@ -118,28 +132,52 @@ class QuantizedTraining:
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
-    def distillation(self, images: Tensor, features: dict[int, Tensor]) -> Tensor:
-        """ADA's loss for one batch, weighted, times the batch size (as the task loss is).
+    def set_probe(self, probe: bool) -> None:
+        """Whether the fusion nodes measure the next forward pass for the monitors."""
+        for node in self.nodes.values():
+            node.probe = probe
+
+    def penalty(self, batch_size: int) -> Tensor | None:
+        """Sum of the quantizers' own loss terms (PACT's L2), times the batch size, or None where no method has one."""
+        if not self._penalised:
+            return None
+        return torch.stack([quantizer.penalty().reshape(()) for quantizer in self._penalised]).sum() * batch_size
+
+    def distillation(self, images: Tensor, features: dict[int, Tensor], raw: list[Tensor]) -> dict[str, Tensor]:
+        """The distillation losses of one batch by name, weighted, times the batch size (as the task loss is).
 
         Args:
             images: (B, 3, H, W), 0 to 1, as the student saw them.
             features: the student's outputs of ``self.features``.
+            raw: the student's raw maps, one a level.
         """
         with torch.no_grad():
-            _, teacher_features = self.teacher(images, features=self.features)
-        divergence = self.alignment(features, teacher_features, self.readers)
-        self._ada_sum = self._ada_sum + divergence.detach()
-        self._ada_count += 1
-        return divergence * (self.config.ada.weight * images.shape[0])
+            (_, teacher_raw), teacher_features = self.teacher(images, features=self.features)
+        other = self.config.distillation
+        losses = {}
+        if self.ada_layers:
+            chosen = {index: features[index] for index in self.ada_layers}
+            losses["ada"] = self.alignment(chosen, teacher_features, self.readers)
+        losses |= distillation_losses(
+            list(other.weights), {index: features[index] for index in self.layers}, teacher_features, raw, teacher_raw,
+            other.temperature,
+        )  # fmt: skip
+        for name, loss in losses.items():
+            self._term_sums[name] = self._term_sums.get(name, 0.0) + loss.detach()
+        self._term_count += 1
+        return {name: loss * (self.term_weights[name] * images.shape[0]) for name, loss in losses.items()}
 
-    def measure_ratio(self, task_loss: Tensor, distillation_loss: Tensor, features: dict[int, Tensor]) -> None:
-        """Ratio of the two losses' gradient norms at the distilled features (a second, partial backward pass)."""
+    def measure_ratios(self, task_loss: Tensor, losses: dict[str, Tensor], features: dict[int, Tensor]) -> None:
+        """Ratio of each loss's gradient norm at the features to the task's (one partial backward pass each)."""
         tensors = list(features.values())
-        norms = []
-        for loss in (distillation_loss, task_loss):
-            gradients = torch.autograd.grad(loss, tensors, retain_graph=True)
-            norms.append(torch.stack([torch.linalg.vector_norm(gradient.float()) for gradient in gradients]).norm())
-        self.gradient_ratio = float(norms[0] / norms[1].clamp_min(1e-12))
+
+        def norm(loss: Tensor) -> Tensor:
+            gradients = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
+            found = [torch.linalg.vector_norm(gradient.float()) for gradient in gradients if gradient is not None]
+            return torch.stack(found).norm()
+
+        task = norm(task_loss).clamp_min(1e-12)
+        self.gradient_ratios = {name: float(norm(loss) / task) for name, loss in losses.items()}
 
     def after_backward(self, gradient_scale: float = 1.0) -> None:
         """One controller update at every fusion node; call it once per optimizer step that is not skipped."""
@@ -157,34 +195,42 @@ class QuantizedTraining:
             names += [f"{node}/factor{i}" for i in branches] + [f"{node}/gradient{i}" for i in branches]
         if self.nodes:
             names.append("quant/strength")
-        if self.teacher is not None:
-            names += ["quant/ada_loss", "quant/ada_gradient_ratio"]
+        for name in self.term_weights:
+            names += [f"quant/{name}_loss", f"quant/{name}_gradient_ratio"]
         return tuple(names)
 
-    def end_epoch(self, largest_objectness: float) -> dict[str, float]:
-        """Logs and returns the epoch's values, and warns of what goes wrong."""
-        values: dict[str, float] = {"quant/deployable": float(self.deployable)}
+    def end_epoch(self, largest_objectness: float, values: dict[str, float] | None = None) -> dict[str, float]:
+        """Logs and returns the epoch's values, and warns of what goes wrong.
+
+        Args:
+            largest_objectness: of one batch, 0 to 1.
+            values: the epoch's validation losses under their names in results.csv, where there was a validation.
+        """
+        found: dict[str, float] = {"quant/deployable": float(self.deployable)}
         for name, node in self.nodes.items():
-            values |= self._describe_node(name, node)
+            found |= self._describe_node(name, node)
         if self.nodes:
-            values["quant/strength"] = self.strength
-        if self.teacher is not None and self._ada_count:
-            values["quant/ada_loss"] = float(self._ada_sum / self._ada_count)
-            values["quant/ada_gradient_ratio"] = self.gradient_ratio or 0.0
-            LOGGER.info(
-                f"  ada loss {values['quant/ada_loss']:.4g} nat, gradient "
-                f"{values['quant/ada_gradient_ratio']:.1%} of the task's at layers {list(self.features)}"
-            )
-            self._check_ratio(values["quant/ada_gradient_ratio"])
-            self._ada_sum, self._ada_count = 0.0, 0
-        self._check_steps()
-        if largest_objectness < DEAD_OBJECTNESS:
-            self._warn(
-                "objectness",
-                f"the objectness output is dying: its largest value in a batch is {largest_objectness:.4f}. Lower "
-                "quant_lr0, or raise detect_bits",
-            )
-        return values
+            found["quant/strength"] = self.strength
+        found |= self._describe_distillation()
+        monitors, values = self.monitors, values or {}
+        monitors.check_fusion(self.config.gabfusion.balance, self.progress >= 1)
+        monitors.check_steps(self.first_steps)
+        monitors.check_objectness(largest_objectness)
+        monitors.check_regression(values.get("val/box_loss", 0.0), values.get("val/cls_loss", 0.0))
+        return found
+
+    def _describe_distillation(self) -> dict[str, float]:
+        if not self._term_count:
+            return {}
+        found = {}
+        for name in self.term_weights:
+            loss, ratio = float(self._term_sums[name] / self._term_count), self.gradient_ratios.get(name, 0.0)
+            found |= {f"quant/{name}_loss": loss, f"quant/{name}_gradient_ratio": ratio}
+            LOGGER.info(f"  {name} loss {loss:.4g}, gradient {ratio:.1%} of the task's at layers {list(self.features)}")
+        keys = {name: "ada.weight" if name == "ada" else f"distillation.{name}" for name in self.term_weights}
+        self.monitors.check_ratios(self.gradient_ratios, keys)
+        self._term_sums, self._term_count = {}, 0
+        return found
 
     def _describe_node(self, name: str, node: GABFusion) -> dict[str, float]:
         factors, energies = node.factors().tolist(), node.energy_average.tolist()
@@ -192,42 +238,9 @@ class QuantizedTraining:
             f"  {name}: alpha {' : '.join(f'{f / (1 if node.paper else node.branches):.3f}' for f in factors)}, "
             f"gradient norms {' : '.join(f'{e:.3g}' for e in energies)}, strength {self.strength:.2f}"
         )
-        scale = node.branches if node.paper else 1
-        if any(not FACTOR_LIMITS[0] <= factor * scale <= FACTOR_LIMITS[1] for factor in factors):
-            self._warn(
-                name,
-                f"{name}: a branch factor K * alpha has left {list(FACTOR_LIMITS)} ({factors}); one branch is being "
-                "switched off. Lower gabfusion.eta (feedback) or gabfusion.learning_rate (learnable)",
-            )
         return {f"{name}/factor{i}": f for i, f in enumerate(factors)} | {
             f"{name}/gradient{i}": e for i, e in enumerate(energies)
         }
-
-    def _check_ratio(self, ratio: float) -> None:
-        if not RATIO_LIMITS[0] <= ratio <= RATIO_LIMITS[1]:
-            effect = "does nothing" if ratio < RATIO_LIMITS[0] else "outweighs the task"
-            change = "raise" if ratio < RATIO_LIMITS[0] else "lower"
-            self._warn("ada", f"ADA {effect}: its gradient is {ratio:.2%} of the task's; {change} ada.weight")
-
-    def _check_steps(self) -> None:
-        found = quantizers(self.model)
-        ratios = torch.stack([found[n].current_step().detach().mean() / first for n, first in self.first_steps.items()])
-        for name, ratio in zip(self.first_steps, ratios.tolist(), strict=True):
-            if ratio < COLLAPSED_STEP:
-                self._warn(
-                    name,
-                    f"{name}: the step has collapsed to {ratio:.2%} of its first value; lower quant_parameter_lr",
-                )
-
-    def _warn(self, key: str, message: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            LOGGER.warning(f"WARNING: {message}")
-
-    def branch_factors_inert(self) -> bool:
-        """Whether no learned branch factor has moved by 0.02 or more."""
-        factors = torch.cat([node.factors() * (node.branches if node.paper else 1) for node in self.nodes.values()])
-        return bool((factors - 1).abs().max() < 0.02)
 
 
 def calibration_batches(dataset, images: int, device: torch.device, batch_size: int = 16) -> list[Tensor]:

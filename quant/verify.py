@@ -11,6 +11,9 @@ A code may differ only where the value in front of the rounding lies on a bounda
 rounding. In question 1 both sides divide the same float by the same step: within ``QUANTIZER_TOLERANCE`` steps. In
 question 2 each side has added up a convolution in its own order: ``LAYER_TOLERANCE`` of the largest value of the
 tensor, in steps.
+
+The codes of questions 2 and 3 come from a session that returns nothing but codes. One that also returns the floats in
+front of the quantizers, which question 1 needs, could not run any convolution in integers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -53,12 +56,7 @@ class CodeCount:
         differs = ours != theirs
         if not bool(differs.any()):
             return
-        ours, theirs = ours[differs].double(), theirs[differs].double()
-        position = (x[differs] / grid.step).double() + grid.zero_point
-        # A value that our side clips lies further outside than any boundary.
-        position = position.clamp(grid.qmin - 0.5, grid.qmax + 0.5)
-        distance = (position - (ours + theirs) / 2).abs() / allowed
-        distance[(ours - theirs).abs() > 1] = float("inf")
+        distance = grid.distance(x[differs], ours[differs], theirs[differs].to(ours.dtype)) / allowed
         unexplained = int((distance > 1).sum())
         self.different += distance.numel()
         self.unexplained += unexplained
@@ -247,16 +245,17 @@ def verify(model: nn.Module, exported: ExportedGraph, expected: Sequence[Referen
         UserError: onnxruntime is not installed or refuses the file.
     """
     result = Verification(quantized=bool(exported.quantizers))
-    wanted = [*exported.codes.values(), *(place.source for place in exported.quantizers)]
-    wanted += [place.codes for place in exported.quantizers]
+    codes = [*exported.codes.values(), *(place.codes for place in exported.quantizers)]
+    sources = [place.source for place in exported.quantizers]
     plain = open_session(exported.model.SerializeToString(), "the exported graph")
-    inner = _session_with(exported.model, wanted) if result.quantized else None
+    outputs = (codes, [*codes, *sources]) if result.quantized else ()
+    sessions = [_session_with(exported.model, names) for names in outputs]
     half = plain.get_inputs()[0].type == "tensor(float16)"
     for reference in expected:
         result.images += 1
         feed = {INPUT_NAME: (reference.batch.half() if half else reference.batch).numpy()}
         theirs = torch.from_numpy(plain.run([OUTPUT_NAME], feed)[0]).float()
-        flipped = inner is not None and _check_inside(result, model, exported, reference, inner)
+        flipped = bool(sessions) and _check_inside(result, model, exported, reference, sessions)
         _compare_outputs(result, reference.decoded, theirs, flipped, HALF_TOLERANCE if half else OUTPUT_TOLERANCE)
         if reference.trained is not None:
             _compare_trained(result, reference.trained, theirs)
@@ -267,13 +266,20 @@ def verify(model: nn.Module, exported: ExportedGraph, expected: Sequence[Referen
 
 
 def _check_inside(
-    result: Verification, model: nn.Module, exported: ExportedGraph, reference: Reference, session
+    result: Verification, model: nn.Module, exported: ExportedGraph, reference: Reference, sessions: list
 ) -> bool:
-    """Runs the widened file, judges quantizers and layers; returns whether any code of the free runs differs."""
-    names = [value.name for value in session.get_outputs()]
+    """Judges layers and quantizers by two widened sessions: codes only, and codes with the floats in front of them.
+
+    Returns:
+        Whether any code of the free runs differs.
+    """
     feed = {INPUT_NAME: reference.batch.numpy()}
-    tensors = {**feed, **dict(zip(names, session.run(names, feed), strict=True))}
-    _check_quantizers(result, model, exported, tensors)
+    tensors, with_sources = (
+        {**feed, **dict(zip(names, session.run(names, feed), strict=True))}
+        for session in sessions
+        for names in [[value.name for value in session.get_outputs()]]
+    )
+    _check_quantizers(result, model, exported, with_sources)
     _check_layers(result, model, exported, reference.batch, tensors)
     codes = reference.codes
     return any(not np.array_equal(codes[name].numpy(), tensors[tensor]) for name, tensor in exported.codes.items())

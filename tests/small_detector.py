@@ -1,4 +1,4 @@
-"""A detector small enough for export tests: every kind of block the neck of YOLOv5 has, on two levels."""
+"""Detectors small enough for export tests: every kind of block the neck of YOLOv5 has, on two levels, or on one."""
 
 import copy
 from functools import cache
@@ -10,8 +10,11 @@ from torch import nn
 from models.yolo import DetectionModel
 from quant.calibrate import calibrate
 from quant.config import FusionConfig, QuantConfig
-from quant.gabfusion import GABFusion
+from quant.fold import fold
+from quant.gabfusion import GABFusion, fusion_nodes, set_strength
+from quant.onnx_graph import ExportedGraph, build, trace, traceable
 from quant.prepare import prepare
+from quant.verify import Verification, references, verify
 from utils.checkpoint import save_checkpoint
 
 SIZE = 64
@@ -39,6 +42,25 @@ SMALL = {
         [[-1, 7], 1, "Concat", [1]],
         [-1, 1, "C3", [32, False]],
         [[10, 13], 1, "Detect", ["nc", "anchors"]],
+    ],
+}
+TINY_SIDE = 32
+# One block of every kind that grids are moved through, and a Concat of two branches.
+TINY = {
+    "nc": 3,
+    "depth_multiple": 1.0,
+    "width_multiple": 1.0,
+    "anchors": [[5, 6, 8, 14, 15, 11]],
+    "backbone": [
+        [-1, 1, "Conv", [8, 3, 2]],
+        [-1, 1, "Conv", [8, 3, 2]],
+        [-1, 1, "SPPF", [8, 5]],
+    ],
+    "head": [
+        [-1, 1, "nn.Upsample", [None, 2, "nearest"]],
+        [[-1, 0], 1, "Concat", [1]],
+        [-1, 1, "C3", [8]],
+        [[5], 1, "Detect", ["nc", "anchors"]],
     ],
 }
 
@@ -86,6 +108,41 @@ def _quantized_detector(bits: int, gabfusion: bool) -> DetectionModel:
             module.set_strength(0.0)
             module.logits.data.copy_(torch.tensor([0.4, -0.2]))
     return model.eval()
+
+
+def tiny_detector(method: str = "lsq", bits: int = 4, training_steps: int = 0, **keys) -> DetectionModel:
+    """The tiny network, calibrated, trained for some steps, with the factors of GABFusion, if any, away from 1."""
+    keys = {"method": method, "weight": {"bits": bits}, "activation": {"bits": bits}} | keys
+    model = prepare(float_detector(TINY), QuantConfig.from_dict(keys))
+    calibrate(model, [images(4, TINY_SIDE, TINY_SIDE, seed=2)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for _ in range(training_steps):
+        loss = sum(level.square().mean() for level in model.train()(images(2, TINY_SIDE, TINY_SIDE)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for node in fusion_nodes(model).values():
+        node.logits.data.copy_(torch.tensor([0.4, -0.2]))
+    set_strength(model, 0.0)
+    return model.eval()
+
+
+def folded_and_file(model: DetectionModel, int4_weights: bool = False) -> tuple[nn.Module, ExportedGraph]:
+    """The folded tiny detector and what the exporter makes of it."""
+    folded = fold(model)
+    folded.model[-1].export = True
+    traced = trace(traceable(folded), torch.zeros(1, 3, TINY_SIDE, TINY_SIDE))
+    opset = 21 if int4_weights else 17
+    return folded, build(traced, opset, int4_weights, model.quantization["target"])
+
+
+def assert_verified(model: DetectionModel, int4_weights: bool = False) -> tuple[nn.Module, ExportedGraph, Verification]:
+    """Exports the tiny detector and asserts that the file computes what the network computes."""
+    folded, file = folded_and_file(model, int4_weights)
+    result = verify(folded, file, references(folded, list(images(1, TINY_SIDE, TINY_SIDE)), trained=model))
+    assert result.holds, result.table()
+    assert result.quantizers.compared > 1000 and result.layers.compared > 1000
+    return folded, file, result
 
 
 def save(model: DetectionModel, path: Path, **options) -> Path:

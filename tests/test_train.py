@@ -10,9 +10,12 @@ from small_detector import SMALL
 
 import export
 import train
+from quant.calibrate import calibrate
 from quant.fold import fold
 from quant.gabfusion import fusion_nodes
-from quant.prepare import model_from_checkpoint
+from quant.prepare import model_from_checkpoint, prepare
+from training.run import Phase
+from training.trainer import Trainer
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.run_log import read_results
@@ -111,6 +114,43 @@ def test_other_ways_of_folding(fold_mode, balance, both_phases, data, tmp_path):
     assert ("ReduceMean" in operators) == (fold_mode == "keep")
 
 
+def test_every_distillation_term_and_fusion_node_in_one_run(both_phases, data, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    terms = ["feature_mse", "channel_wise", "logits"]
+    recipe.write_text(yaml.safe_dump({"distillation": terms, "ada": True, "gabfusion": {"scope": "all"}}))
+    start = both_phases / "weights" / "float_best.pt"
+    options = ["--weights", str(start), "--data", data, "--quant", "lsq", "--recipe", str(recipe), "--epochs", "1"]
+    folder = run(tmp_path, "d", *options)
+    (row,) = read_results(folder / "results.csv")
+    assert all(row[f"quant/{term}_loss"] > 0 for term in [*terms, "ada"])
+    ratios = {term: row[f"quant/{term}_gradient_ratio"] for term in [*terms, "ada"]}
+    assert all(0 < ratio < 10 for ratio in ratios.values()), ratios
+    assert row["model.2.cat.balance/gradient0"] > 0
+    model = model_from_checkpoint(load_checkpoint(folder / "weights" / "best.pt")).eval()
+    assert len(fusion_nodes(model)) == 6
+
+
+def test_a_methods_penalty_reaches_the_gradient(both_phases, data, tmp_path):
+    """The gradient of PACT's clip differs by that of factor * clip^2 times the batch size; nothing else changes."""
+    start = both_phases / "weights" / "float_best.pt"
+    gradients = {}
+    for factor in (0.0, 0.5):
+        recipe = tmp_path / f"{factor}.yaml"
+        recipe.write_text(yaml.safe_dump({"method": "pact", "options": {"penalty": factor}}))
+        options = [*FAST, "--weights", str(start), "--data", data, "--recipe", str(recipe), "--epochs", "1"]
+        options += ["--project", str(tmp_path), "--name", str(factor)]
+        prepared, model = train.prepare_run(train.parse_arguments(options))
+        prepare(model, prepared.config)
+        calibrate(model, prepared.calibration_batches())
+        trainer = Trainer(prepared, Phase("quantized", 1, ""), model.train())
+        torch.manual_seed(0)
+        images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+        trainer._step(images, torch.tensor([[0, 1, 0.5, 0.5, 0.3, 0.3]]), measure=False)
+        clip = trainer.model.model[1].conv.input_quantizer.alpha
+        gradients[factor] = float(clip.grad)
+    assert gradients[0.5] - gradients[0.0] == pytest.approx(4 * 2 * 0.5 * clip.item(), rel=1e-3)
+
+
 def states(file: Path) -> dict:
     return load_checkpoint(file)["ema"]
 
@@ -121,8 +161,6 @@ def test_interrupted_run_resumes_to_the_same_result(phase, cfg, data, tmp_path, 
     arguments = ["--cfg", cfg, "--data", data, "--quant", "lsq", "--bits", "4", "--gabfusion", "feedback", "--ada"]
     arguments += ["--float-epochs", "3", "--epochs", "3"]
     whole = run(tmp_path, "whole", *arguments)
-
-    from training.trainer import Trainer
 
     finish = Trainer._finish_epoch
 
@@ -148,7 +186,6 @@ def test_interrupted_run_resumes_to_the_same_result(phase, cfg, data, tmp_path, 
 def test_interrupted_float_run_with_fitted_anchors_resumes_to_the_same_result(cfg, data, tmp_path, monkeypatch):
     hyp = tmp_path / "hyp.yaml"
     hyp.write_text("anchor_t: 1.05\n")  # no anchor fits that closely, so new ones are searched
-    from training.trainer import Trainer
 
     def train_float(name):
         options = ["--cfg", cfg, "--data", data, "--epochs", "3", "--hyp", str(hyp), "--imgsz", "64", "--workers", "0"]
@@ -189,7 +226,7 @@ def test_plain_float_training_and_its_files(cfg, data, tmp_path):
     assert {p.name for p in (folder / "weights").iterdir()} == {"last.pt", "best.pt"}
     assert not (folder / "quant.yaml").exists()
     header = (folder / "results.csv").read_text().splitlines()[0].split(",")
-    assert all(len(name) == 20 for name in header) and header[-1].strip() == "x/lr2"
+    assert all(len(name) == 20 for name in header) and header[13].strip() == "x/lr2"
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,9 @@ def test_perfect_answers_measure_as_perfect(loaded, tmp_path, capsys):
     assert result.images == 4 and result.instances == sum(len(rows) for rows in loader.dataset.labels)
     assert min(result.precision, result.recall) > 0.95 and result.map50 > 0.99 and result.map > 0.99
     assert result.coco == pytest.approx((1.0, 1.0), abs=1e-3)
+    matched = result.matched
+    assert matched.count == result.instances and matched.share == matched.class_accuracy == 1.0
+    assert result.map75 > 0.99 and matched.mean_iou > 0.98 and matched.confidence == result.per_class.confidence
     assert np.array_equal(result.confusion.matrix, np.diag(np.diag(result.confusion.matrix)))
     assert np.diag(result.confusion.matrix).sum() == result.instances
     assert result.map_by_class(spec.nc).shape == (spec.nc,) and set(result.speed) == {"preprocess", "inference", "nms"}
@@ -81,6 +84,8 @@ def test_perfect_answers_measure_as_perfect(loaded, tmp_path, capsys):
         assert (tmp_path / name).stat().st_size > 1000
 
     lines = capsys.readouterr().out.splitlines()
+    last = [line for line in lines if line.startswith("mAP75")]
+    assert len(last) == 1 and "100.0% of labels, mean IoU 1.0000" in last[0] and "class accuracy 1.0000" in last[0]
     table = [line.split() for line in lines if line.split()[:1] in ([name] for name in ("all", *spec.names.values()))]
     assert table[0][:3] == ["all", "4", str(result.instances)] and len(table) == 1 + len(result.per_class.classes)
     for file, rows in zip(loader.dataset.image_files, loader.dataset.labels, strict=True):
@@ -96,6 +101,22 @@ def test_wrong_places_measure_as_nothing(loaded):
     spec, loader = loaded
     result = evaluate(Oracle(loader, spec.nc, shift=500.0), spec, loader)
     assert result.map50 == 0.0 and result.recall == 0.0
+
+
+def test_localisation_and_classification_are_told_apart(loaded):
+    spec, loader = loaded
+    misplaced = evaluate(Oracle(loader, spec.nc, shift=3.0), spec, loader)
+    oracle = Oracle(loader, spec.nc)
+    for batch in oracle.answers:
+        batch[..., 5:] = batch[..., 5:].roll(1, dims=2)
+    misnamed = evaluate(oracle, spec, loader, confidence_threshold=0.5)
+    # Of a box of width w, w - 3 pixels stay; the shifted box adds 3, or less at the right edge of the image.
+    boxes = np.concatenate(loader.dataset.labels) * 96
+    width, room = boxes[:, 3], 96 - (boxes[:, 1] + boxes[:, 3] / 2)
+    expected = ((width - 3) / (width + np.minimum(3, room))).mean()
+    assert misplaced.matched.class_accuracy > 0.95 and misplaced.map75 < 0.9 * misplaced.map50
+    assert misplaced.matched.mean_iou == pytest.approx(float(expected), abs=0.01)
+    assert misnamed.matched.class_accuracy < 0.05 and misnamed.matched.mean_iou > 0.98
 
 
 def test_single_class_forgives_wrong_classes(loaded):

@@ -6,12 +6,24 @@ import argparse
 import copy
 import time
 
-from torch import nn
+import yaml
+from torch import Tensor, nn
 
 from models.yolo import DetectionModel
 from quant.calibrate import calibrate
+from quant.precision import CHOICE_IMAGES, resolve_auto_bits
 from quant.prepare import model_from_checkpoint, prepare
-from quant.report import format_report, layer_reports
+from quant.report import (
+    REPORT_IMAGES,
+    LayerReport,
+    Totals,
+    format_report,
+    layer_reports,
+    totals,
+    write_csv,
+    write_tensorboard,
+)
+from quant.samples import thin_out
 from training.run import Phase, Run
 from training.trainer import Trainer
 from utils.anchors import check_anchors
@@ -93,6 +105,27 @@ def best_model(run: Run, phase: Phase) -> DetectionModel:
     )
 
 
+def resolve_bits(run: Run, float_model: DetectionModel, batches: list[Tensor]) -> None:
+    """Chooses weight bits layer by layer if that was asked for; from here on they stand in the run's ``layers``.
+
+    quant.yaml is written anew before the phase's first checkpoint, so that no resumed run chooses again.
+    """
+    started = time.perf_counter()
+    choice = resolve_auto_bits(float_model, run.config, thin_out(batches, CHOICE_IMAGES))
+    run.config = choice.config
+    LOGGER.info(f"{choice.describe()}\nChosen in {time.perf_counter() - started:.0f} s")
+    text = yaml.safe_dump(run.config.to_dict(), sort_keys=False)
+    (run.save_dir / "quant.yaml").write_text(text, encoding="utf-8")
+
+
+def report_layers(run: Run, model: DetectionModel, batches: list[Tensor]) -> tuple[list[LayerReport], Totals]:
+    """Measures the layers of a quantized network and writes layers.csv."""
+    reports = layer_reports(model, thin_out(batches, REPORT_IMAGES))
+    whole = totals(model, reports)
+    write_csv(reports, run.save_dir / "layers.csv", whole)
+    return reports, whole
+
+
 def quantized_phase(
     run: Run, float_model: DetectionModel, teacher: nn.Module | None, resume: dict | None
 ) -> tuple[DetectionModel, Evaluation | None]:
@@ -105,31 +138,36 @@ def quantized_phase(
     model = copy.deepcopy(float_model).train()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+    batches = run.calibration_batches()
+    if run.config.auto_bits.pending:
+        resolve_bits(run, float_model, batches)
     prepare(model, run.config)
-    calibrated = None
+    calibrated, reported = None, None
     if resume is None:
         started = time.perf_counter()
         try:
-            calibrate(model, run.calibration_batches())
+            calibrate(model, batches)
         except ValueError as error:
             raise UserError(f"calibration: {error}. Is the float model sound?") from None
         seconds = time.perf_counter() - started
-        LOGGER.info(f"Calibrated on {run.config.calibration.images} images in {seconds:.1f} s. Noisiest weights:")
-        LOGGER.info(format_report(layer_reports(model), 10))
+        LOGGER.info(f"Calibrated on {run.config.calibration.images} images in {seconds:.1f} s. Noisiest layers:")
+        reported = report_layers(run, model, batches)
+        LOGGER.info(f"{format_report(reported[0], 10)}\n{reported[1].describe()}; all layers in layers.csv")
         calibrated = run.evaluate(model)
         LOGGER.info(f"Calibrated only: mAP50 {calibrated.map50:.4f}  mAP50-95 {calibrated.map:.4f}")
     trainer = Trainer(run, phase, model, teacher, resume)
+    if reported is not None and trainer.log.writer is not None:
+        write_tensorboard(trainer.log.writer, *reported)
     if phase.epochs == 0:
         checkpoint = trainer._checkpoint(-1) | {"finished": True}
         for name in ("last", "best"):
             save_checkpoint(checkpoint, run.weights_dir / f"{name}.pt")
         return model, calibrated
-    LOGGER.info(f"Quantized phase: {phase.epochs} epochs, {run.config.method} w{run.config.weight.bits}"
-                f"a{run.config.activation.bits}")  # fmt: skip
+    LOGGER.info(f"Quantized phase: {phase.epochs} epochs, {run.config.method} {run.config.bits_label()}")
     trainer.fit()
-    if trainer.quantized.nodes and trainer.quantized.branch_factors_inert():
-        LOGGER.info("GABFusion: every branch factor stayed within 2 % of 1, so alpha did nothing in this run")
-    return best_model(run, phase), calibrated
+    best = best_model(run, phase)
+    report_layers(run, best, batches)  # layers.csv tells of the network that is kept
+    return best, calibrated
 
 
 def summarise(run: Run, rows: list[tuple[str, Evaluation, int]]) -> None:

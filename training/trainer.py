@@ -142,7 +142,8 @@ class Trainer:
 
     def _schedule(self, epoch: int) -> float:
         """Share of the initial learning rates at the start of ``epoch``."""
-        return learning_rate_factor(epoch, max(self.phase.epochs, 1), self.hyp["lrf"], self.options.cos_lr)
+        epochs, tail = max(self.phase.epochs, 1), self.hyp["lr_tail"]
+        return learning_rate_factor(epoch, epochs, self.hyp["lrf"], self.options.cos_lr, tail)
 
     def _step_schedule(self, epoch: int) -> None:
         for group in self.optimizer.param_groups:
@@ -196,15 +197,20 @@ class Trainer:
         if self.options.multi_scale:
             images = self._rescale(images)
         features = self.quantized.features if self.quantized else ()
+        if self.quantized:
+            self.quantized.set_probe(measure)
         with torch.autocast(device.type, enabled=self.amp):
             output = self.model(images, features=features)
             raw, maps = output if features else (output, {})
             loss, parts = self.loss(raw, targets)
             if features:
-                distillation = self.quantized.distillation(images, maps)
+                terms = self.quantized.distillation(images, maps, raw)
                 if measure:
-                    self.quantized.measure_ratio(loss, distillation, maps)
-                loss = loss + distillation
+                    self.quantized.measure_ratios(loss, terms, maps)
+                loss = loss + sum(terms.values())
+            penalty = self.quantized.penalty(images.shape[0]) if self.quantized else None
+            if penalty is not None:
+                loss = loss + penalty
         if measure:
             # As a tensor: reading the number here would make the host wait for the device.
             self.largest_objectness = torch.stack([level[..., 4].detach().amax() for level in raw]).amax().sigmoid()
@@ -247,11 +253,12 @@ class Trainer:
                 "metrics/mAP_0.5:0.95": result.map,
             }
             values |= dict(zip(("val/box_loss", "val/obj_loss", "val/cls_loss"), result.losses, strict=True))
+            values |= result.localisation
             line += f"  P {result.precision:.3f}  R {result.recall:.3f}  mAP50 {result.map50:.4f}  mAP {result.map:.4f}"
         line += f"  {len(self.run.train_set) / seconds:.0f} images/s with validation"
         LOGGER.info(line + ("" if deployable else "  (normalised, not for export)"))
         if self.quantized:
-            values |= self.quantized.end_epoch(float(self.largest_objectness))
+            values |= self.quantized.end_epoch(float(self.largest_objectness), values)
         self.log.write(epoch, values)
         best = False
         if result is not None and deployable:

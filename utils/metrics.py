@@ -1,4 +1,4 @@
-"""Precision, recall, average precision and the confusion matrix of a detector."""
+"""Precision, recall, average precision, localisation and classification apart, the confusion matrix of a detector."""
 
 from dataclasses import dataclass, field
 
@@ -12,6 +12,7 @@ from utils.iou import box_iou
 IOU_THRESHOLDS = tuple(np.linspace(0.5, 0.95, 10).tolist())
 CONFIDENCE_AXIS = np.linspace(0, 1, 1000)
 RECALL_AXIS = np.linspace(0, 1, 101)
+STRICT_COLUMN = 5  # of IOU_THRESHOLDS: 0.75
 SMOOTHING = 0.1  # width of the window, as a share of CONFIDENCE_AXIS, that smooths F1 before its maximum is taken
 
 
@@ -40,12 +41,40 @@ def match_predictions(detections: Tensor, labels: Tensor, iou_thresholds: Tensor
     overlap = box_iou(detections[:, :4], labels[:, 1:5])
     overlap = torch.where(detections[:, 5:6] == labels[None, :, 0], overlap, -1.0)
     best_overlap, best_label = overlap.max(1)
-    reached = best_overlap[:, None] >= thresholds  # (n, T)
+    return _first_to_reach(best_overlap, best_label, len(labels), thresholds)
 
-    position = torch.arange(number, device=detections.device)[:, None].expand(-1, len(thresholds))
+
+def match_boxes(detections: Tensor, labels: Tensor, iou_threshold: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Pairs the boxes of one image whatever their classes, by the rule of ``match_predictions``.
+
+    Which label a detection gets depends only on more confident detections, so the pairs among the detections above any
+    confidence are the pairs found here that lie above it.
+
+    Args:
+        detections: (n, 6) rows x1, y1, x2, y2, confidence, class, most confident first.
+        labels: (m, 5) rows class, x1, y1, x2, y2 in the same pixels.
+
+    Returns:
+        (n,) float32 IoU of each detection with its label, 0 for a detection without one; (n,) bool, whether it has a
+        label and that label's class.
+    """
+    number, device = len(detections), detections.device
+    if not number or not len(labels):
+        return torch.zeros(number, device=device), torch.zeros(number, dtype=torch.bool, device=device)
+    best_overlap, best_label = box_iou(detections[:, :4], labels[:, 1:5]).max(1)
+    threshold = torch.tensor([iou_threshold], device=device)
+    paired = _first_to_reach(best_overlap, best_label, len(labels), threshold)[:, 0]
+    return best_overlap.float() * paired, paired & (labels[best_label, 0] == detections[:, 5])
+
+
+def _first_to_reach(best_overlap: Tensor, best_label: Tensor, number_labels: int, thresholds: Tensor) -> Tensor:
+    """(n, T) bool: whether a detection's overlap reaches the threshold as the first of those with its best label."""
+    number = len(best_overlap)
+    reached = best_overlap[:, None] >= thresholds  # (n, T)
+    position = torch.arange(number, device=best_overlap.device)[:, None].expand(-1, len(thresholds))
     claims = torch.where(reached, position, number)
     slots = best_label[:, None].expand_as(claims)
-    first = torch.full((len(labels), len(thresholds)), number, device=detections.device)
+    first = torch.full((number_labels, len(thresholds)), number, device=best_overlap.device)
     first = first.scatter_reduce(0, slots, claims, "amin")
     return reached & (first.gather(0, slots) == position)
 
@@ -97,6 +126,11 @@ class ClassMetrics:
         return self.ap[:, 0]
 
     @property
+    def ap75(self) -> np.ndarray:
+        """(C,) AP at IoU 0.75."""
+        return self.ap[:, STRICT_COLUMN]
+
+    @property
     def ap50_95(self) -> np.ndarray:
         """(C,) AP averaged over the thresholds."""
         return self.ap.mean(1)
@@ -106,6 +140,42 @@ class ClassMetrics:
         if not len(self.classes):
             return 0.0, 0.0, 0.0, 0.0
         return tuple(float(v.mean()) for v in (self.precision, self.recall, self.ap50, self.ap50_95))
+
+
+@dataclass
+class MatchedBoxes:
+    """Localisation apart from classification: the detections of at least ``confidence`` that ``match_boxes`` paired.
+
+    Means over boxes, not over classes; zeros where nothing is paired. The two means are of found objects only, so a
+    network that finds fewer, easier objects can have higher ones: read them beside ``share``.
+    """
+
+    confidence: float = 0.0
+    count: int = 0
+    share: float = 0.0  # of the labels that have a partner
+    mean_iou: float = 0.0  # at least the IoU that pairs were formed at
+    class_accuracy: float = 0.0  # share of pairs with the label's class
+
+
+def matched_boxes(
+    overlap: np.ndarray, right_class: np.ndarray, confidence: np.ndarray, number_labels: int, minimum: float
+) -> MatchedBoxes:
+    """Localisation and classification over a data set.
+
+    Args:
+        overlap, right_class: (n,) each, of all detections of the data set, from ``match_boxes``.
+        confidence: (n,) of each detection.
+        number_labels: of the data set.
+        minimum: confidence from which a detection counts. ``ClassMetrics.confidence`` (the highest mean F1, where P and
+            R are given too) compares networks at their own operating points; a fixed one would mostly compare how
+            quantization moves confidences.
+    """
+    chosen = (overlap > 0) & (confidence >= minimum)
+    count = int(chosen.sum())
+    if not count:
+        return MatchedBoxes(minimum)
+    mean_iou, accuracy = float(overlap[chosen].mean(dtype=np.float64)), float(right_class[chosen].mean())
+    return MatchedBoxes(minimum, count, count / number_labels, mean_iou, accuracy)
 
 
 def ap_per_class(

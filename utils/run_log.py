@@ -21,6 +21,13 @@ COLUMNS = (
     "x/lr1",
     "x/lr2",
 )
+# Ours, after all others: a reader that counts columns still finds upstream's.
+LOCALISATION_COLUMNS = (
+    "metrics/mAP_0.75",
+    "metrics/matched",
+    "metrics/matched_IoU",
+    "metrics/right_class",
+)
 WIDTH = 20
 
 
@@ -29,17 +36,15 @@ class RunLog:
 
     Args:
         file: the CSV; rows from ``first_epoch`` on are dropped if it exists (a resumed run writes them again).
-        columns: names after ``COLUMNS``.
+        columns: names between ``COLUMNS`` and ``LOCALISATION_COLUMNS``.
         tensorboard: folder of the event files, or None.
     """
 
     def __init__(
         self, file: Path, columns: tuple[str, ...] = (), first_epoch: int = 0, tensorboard: Path | None = None
     ) -> None:
-        self.file, self.columns = file, (*COLUMNS, *columns)
-        kept = []
-        if file.exists() and first_epoch > 0:
-            kept = [line for line in file.read_text().splitlines()[1:] if int(line.split(",")[0]) < first_epoch]
+        self.file, self.columns = file, (*COLUMNS, *columns, *LOCALISATION_COLUMNS)
+        kept = self._rows_before(first_epoch) if file.exists() and first_epoch > 0 else []
         header = ",".join(f"{name:>{WIDTH}}" for name in ("epoch", *self.columns))
         file.write_text("\n".join([header, *kept]) + "\n")
         self.writer = None
@@ -47,6 +52,13 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(tensorboard))
+
+    def _rows_before(self, epoch: int) -> list[str]:
+        """The file's rows of earlier epochs, by name: an older version may have written fewer columns."""
+        with self.file.open() as stream:
+            rows = [{k.strip(): v for k, v in row.items()} for row in csv.DictReader(stream)]
+        earlier = [row for row in rows if int(row["epoch"]) < epoch]
+        return [",".join(row.get(name) or " " * WIDTH for name in ("epoch", *self.columns)) for row in earlier]
 
     def write(self, epoch: int, values: dict[str, float]) -> None:
         """Writes one row; a column without a value stays empty."""

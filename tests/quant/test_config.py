@@ -35,7 +35,7 @@ def test_flags_win_over_recipe_over_model_yaml_over_defaults(tmp_path):
     recipe.write_text("weight: {bits: 3}\nactivation: {bits: 5}\ngabfusion: {eta: 0.5}\n")
     model_yaml = {"gabfusion": {"balance": "fixed", "eta": 0.25, "beta": 0.5}}
     config = build_config("lsq", None, None, None, recipe, model_yaml)
-    assert (config.weight.bits, config.activation.bits, config.activation.scheme) == (3, 5, "affine")
+    assert (config.weight.bits, config.activation.bits, config.resolved_scheme()) == (3, 5, "affine")
     fusion = config.gabfusion
     assert (fusion.enabled, fusion.balance, fusion.eta, fusion.beta) == (True, "fixed", 0.5, 0.5)
     assert build_config("lsq", 2, "feedback", None, recipe, model_yaml).gabfusion.balance == "feedback"

@@ -5,8 +5,15 @@ import copy
 import pytest
 import torch
 
-from quant.lsq import LSQ, FixedGrid
+from quant.config import QuantConfig, build_config
+from quant.lsq import LSQ, FixedGrid, LSQPlus
 from quant.primitives import SMALLEST_STEP, Grid, activation_grid, to_codes, weight_grid
+from quant.quantizer import MethodOptions
+from quant.ranges import search_affine_range
+from quant.registry import QUANTIZERS
+from utils.errors import UserError
+
+PAPER = MethodOptions(paper=True)
 
 
 def reference(x, step, zero_point, qmin, qmax, upstream):
@@ -175,3 +182,96 @@ def test_image_grid_returns_every_pixel_value():
     pixels = torch.arange(256).float() / 255
     torch.testing.assert_close(FixedGrid()(pixels), pixels, rtol=0, atol=1e-7)
     assert torch.equal(to_codes(pixels, torch.tensor(1 / 255), 0, Grid(0, 255)), torch.arange(256).float())
+
+
+# --- the papers' forms ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_paper_weights_have_the_full_grid_and_its_gradients(bits):
+    torch.manual_seed(bits)
+    weight = (torch.randn(3, 4, 3, 3) * torch.tensor([0.1, 1.0, 5.0]).reshape(3, 1, 1, 1)).requires_grad_(True)
+    quantizer = LSQ.for_weights(bits, 3, PAPER)
+    lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    assert quantizer.grid == Grid(lowest, highest) and LSQ.for_weights(bits, 3, MethodOptions()).grid.qmin == -highest
+    quantizer.initialise(weight)
+    means = weight.detach().double().abs().mean((1, 2, 3))
+    torch.testing.assert_close(quantizer.step.double(), 2 * means / highest**0.5, rtol=1e-5, atol=0)
+    with torch.no_grad():  # the paper's start is so wide from 5 bits on that nothing reaches the limits
+        quantizer.step.copy_(weight.flatten(1).abs().amax(1) * 0.7 / -lowest)
+    upstream = torch.randn_like(weight)
+    y = quantizer(weight)
+    y.backward(upstream)
+    assert (y / quantizer.current_step().reshape(3, 1, 1, 1)).min().round() == lowest  # some are clipped
+    for channel in range(3):
+        row = weight[channel].detach().flatten()
+        step = quantizer.current_step()[channel].double().item()
+        values, dx, ds, _ = reference(row, step, 0, lowest, highest, upstream[channel].flatten())
+        scale = 1 / (row.numel() * highest) ** 0.5
+        torch.testing.assert_close(y[channel].flatten().tolist(), values, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(weight.grad[channel].flatten().tolist(), dx)
+        assert quantizer.step.grad[channel].item() == pytest.approx(ds * scale, rel=1e-3, abs=1e-5)
+    form = quantizer.integer()
+    assert torch.equal(form.values(form.codes(weight)), y)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_paper_activations_are_unsigned_and_start_from_the_mean_magnitude(bits):
+    torch.manual_seed(bits)
+    x = torch.nn.functional.silu(torch.randn(2, 3, 16, 16))
+    quantizer = LSQ.for_activations(bits, "affine", PAPER)
+    quantizer.initialise(x)
+    assert quantizer.grid == Grid(0, 2**bits - 1) and quantizer.zero_point is None
+    assert quantizer.step.item() == pytest.approx(2 * x.double().abs().mean().item() / (2**bits - 1) ** 0.5, rel=1e-5)
+    assert quantizer(x).min() == 0
+
+
+@pytest.mark.parametrize("options", [MethodOptions(), PAPER])
+def test_lsq_plus_is_the_affine_form(options):
+    torch.manual_seed(0)
+    x = torch.nn.functional.silu(torch.randn(4096))
+    quantizer = LSQPlus.for_activations(4, "affine", options)
+    quantizer.initialise(x)
+    step, zero_point = search_affine_range(x, Grid(0, 15))
+    assert quantizer.scheme == "affine" and quantizer.integer().zero_point == zero_point.item() > 0
+    assert quantizer.current_step().item() == step.item()
+
+
+@pytest.mark.parametrize("channels", [3, None])
+def test_lsq_plus_paper_weights_start_from_three_deviations(channels):
+    torch.manual_seed(0)
+    weight = torch.randn(3, 4, 3, 3) * torch.tensor([0.1, 1.0, 5.0]).reshape(3, 1, 1, 1) - 0.3
+    quantizer = LSQPlus.for_weights(4, channels, PAPER)
+    quantizer.initialise(weight)
+    assert quantizer.grid == Grid(-8, 7)
+    for row, step in zip(weight.double().reshape(channels or 1, -1), quantizer.current_step(), strict=True):
+        mean, deviation = row.mean(), ((row - row.mean()) ** 2).mean() ** 0.5
+        expected = max(abs(mean - 3 * deviation), abs(mean + 3 * deviation)) / 8
+        assert step.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert LSQPlus.for_weights(4, channels, MethodOptions()).grid == weight_grid(4)
+
+
+@pytest.mark.parametrize("method", [LSQ, LSQPlus])
+@pytest.mark.parametrize("x", [torch.zeros(3, 8), torch.full((3, 8), -2.0), torch.randn(3, 8) * 1e30], ids=str)
+def test_degenerate_values_leave_a_usable_state(method, x):
+    for options in (MethodOptions(), PAPER):
+        for quantizer in (
+            method.for_weights(4, 3, options), method.for_weights(4, None, options),
+            method.for_activations(4, "affine", options),
+        ):  # fmt: skip
+            quantizer.initialise(x)
+            assert torch.isfinite(quantizer.step).all() and (quantizer.step >= SMALLEST_STEP).all()
+            y = quantizer(x)
+            assert torch.isfinite(y).all()
+            form = quantizer.integer()
+            assert torch.equal(form.values(form.codes(x)), y)
+
+
+def test_names_in_the_registry_and_in_recipes():
+    assert QUANTIZERS["lsq"] is LSQ and QUANTIZERS["lsq+"] is LSQPlus
+    config = build_config("lsq+", 4)
+    assert config.method == "lsq+" and QuantConfig.from_dict(config.to_dict()) == config
+    for scheme in ("unsigned", "signed"):
+        QuantConfig.from_dict({"method": "lsq", "activation": {"scheme": scheme}})
+        with pytest.raises(UserError, match=r"activation\.scheme under method lsq\+: '" + scheme):
+            QuantConfig.from_dict({"method": "lsq+", "activation": {"scheme": scheme}})

@@ -133,6 +133,86 @@ def test_equal_grids_of_one_tensor_are_merged_and_both_layers_find_their_codes()
     np.testing.assert_array_equal(run(built.model, x=x), 2 * grid_values(x))
 
 
+def uneven_thresholds(count, seed=0):
+    """Non-decreasing; the third and fourth are equal, so that one code never occurs."""
+    thresholds = np.sort(np.random.default_rng(seed).normal(size=count)).astype(np.float32)
+    thresholds[3:4] = thresholds[2]
+    return thresholds
+
+
+def around(thresholds):
+    """Every threshold, its two neighbours in float32, what lies far outside, and some noise."""
+    below, above = (np.nextafter(thresholds, np.float32(end)) for end in (-np.inf, np.inf))
+    far = np.float32([-1e30, 1e30, 0, -0.0])
+    return np.concatenate([thresholds, below, above, far, noise(50) * 3])
+
+
+def threshold_values(x, thresholds, step, zero_point):
+    counts = np.array([sum(bool(value >= t) for t in thresholds) for value in x.reshape(-1)]).reshape(x.shape)
+    return (counts - zero_point).astype(np.float32) * np.float32(step)
+
+
+@pytest.mark.parametrize("count", [3, 7, 15, 31, 32, 63, 200, 255])
+def test_thresholds_are_counted_exactly(count):
+    thresholds = uneven_thresholds(count)
+    x = around(thresholds)
+    node = grid_node("x", "y", low=0, high=count, output_zero_point=2, zero_point=2, thresholds=thresholds.tolist())
+    built = onnx_graph.build(model_of([node], {"x": list(x.shape)}, {"y": list(x.shape)}))
+    np.testing.assert_array_equal(run(built.model, x=x), threshold_values(x, thresholds, 0.1, 2))
+    assert ("Gather" in operators(built.model)) == (count > 31)
+
+
+def test_thresholds_are_counted_in_front_of_pool_resize_and_concat_and_once():
+    thresholds = uneven_thresholds(15)
+    scales = ("scales", np.array([1, 1, 2, 2], np.float32))
+    resize = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    nodes = [
+        pool("x", "a"),
+        helper.make_node("Concat", ["x", "a"], ["c"], axis=1),
+        helper.make_node("Resize", ["c", "", "scales"], ["r"], **resize),
+        grid_node("r", "y", thresholds=thresholds.tolist()),
+    ]
+    built = onnx_graph.build(model_of(nodes, {"x": [1, 3, 9, 9]}, {"y": [1, 6, 18, 18]}, [scales]))
+    assert operators(built.model)["GreaterOrEqual"] == 15, "the tensor is counted once"
+    types = tensor_types(built.model)
+    moved = [node for node in built.model.graph.node if node.op_type in ("MaxPool", "Concat", "Resize")]
+    assert all(types[node.output[0]] == TensorProto.UINT8 for node in moved)
+    x = torch.from_numpy(noise(1, 3, 9, 9))
+    joined = torch.cat([x, torch.nn.functional.max_pool2d(x, 5, 1, 2)], 1)
+    wanted = threshold_values(torch.nn.functional.interpolate(joined, scale_factor=2).numpy(), thresholds, 0.1, 3)
+    np.testing.assert_array_equal(run(built.model, x=x.numpy()), wanted)
+
+
+def test_equal_grids_with_different_thresholds_are_not_merged():
+    thresholds = uneven_thresholds(15).tolist()
+    changed = [*thresholds[:-1], thresholds[-1] + 1]
+    nodes = [grid_node("x", name, name, thresholds=t) for name, t in (("p", thresholds), ("q", changed))]
+    nodes.append(helper.make_node("Sub", ["p", "q"], ["y"]))
+    built = onnx_graph.build(model_of(nodes, {"x": [1]}, {"y": [1]}))
+    assert run(built.model, x=np.float32([thresholds[-1] + 0.5])) == pytest.approx(0.1)
+
+
+def test_for_tensorrt_every_code_is_int8_with_zero_point_zero_and_dequantized_at_once():
+    grid = {"low": -8, "high": 7, "zero_point": 0, "output_zero_point": 0}
+    nodes = [pool("x", "a"), helper.make_node("Concat", ["x", "a"], ["c"], axis=1), grid_node("c", "y", **grid)]
+    built = onnx_graph.build(model_of(nodes, {"x": [1, 3, 9, 9]}, {"y": [1, 6, 9, 9]}), target="tensorrt")
+    order = [node.op_type for node in built.model.graph.node]
+    assert order == ["MaxPool", "Concat", "Clip", "QuantizeLinear", "DequantizeLinear"]
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in built.model.graph.initializer}
+    for node in built.model.graph.node[-2:]:
+        assert constants[node.input[2]].dtype == np.int8 and constants[node.input[2]] == 0
+    x = torch.from_numpy(noise(1, 3, 9, 9))
+    joined = torch.cat([x, torch.nn.functional.max_pool2d(x, 5, 1, 2)], 1).numpy()
+    np.testing.assert_array_equal(run(built.model, x=x.numpy()), grid_values(joined, zero_point=0, low=-8, high=7))
+
+
+@pytest.mark.parametrize("change", [{"zero_point": 1}, {"low": 0}, {"thresholds": [0.0, 1.0]}])
+def test_what_tensorrt_cannot_run_is_refused(change):
+    grid = {"low": -8, "high": 7, "zero_point": 0, "output_zero_point": 0} | change
+    with pytest.raises(UserError, match="layer: TensorRT runs int8 codes with zero point 0 only"):
+        onnx_graph.build(model_of([grid_node("x", "y", **grid)], {"x": [1]}, {"y": [1]}), target="tensorrt")
+
+
 @pytest.mark.parametrize("shape", [(4, 2, 3, 3), (3, 1, 1, 1)])
 def test_int4_packing_is_onnx_own(shape):
     codes = np.random.default_rng(0).integers(-8, 8, shape).astype(np.int8)

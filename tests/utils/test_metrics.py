@@ -7,7 +7,16 @@ from pycocotools.cocoeval import COCOeval
 from utils.coco import COCO_CATEGORY_IDS, coco_evaluate, detection_rows, ground_truth, image_identifiers
 from utils.errors import UserError
 from utils.iou import box_iou
-from utils.metrics import IOU_THRESHOLDS, ConfusionMatrix, ap_per_class, compute_ap, fitness, match_predictions
+from utils.metrics import (
+    IOU_THRESHOLDS,
+    ConfusionMatrix,
+    ap_per_class,
+    compute_ap,
+    fitness,
+    match_boxes,
+    match_predictions,
+    matched_boxes,
+)
 
 THRESHOLDS = torch.tensor(IOU_THRESHOLDS)
 
@@ -150,3 +159,68 @@ def test_foreign_annotations_are_refused():
     rows = detection_rows(torch.tensor([[1.0, 1, 5, 5, 0.9, 0]]), 2, None)
     with pytest.raises(UserError, match="does not list"):
         coco_evaluate(truth, rows, [2])
+
+
+def slow_pairs(found, truth, minimum):
+    """IoU and class equality of every pair among detections of at least ``minimum``, by loops in float64."""
+
+    def iou(a, b):
+        width = min(a[2], b[2]) - max(a[0], b[0])
+        height = min(a[3], b[3]) - max(a[1], b[1])
+        shared = max(width, 0.0) * max(height, 0.0)
+        areas = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
+        return shared / (areas - shared)
+
+    taken, pairs = set(), []
+    for x1, y1, x2, y2, confidence, label in found.double().tolist():
+        if confidence < minimum or not len(truth):
+            continue
+        overlaps = [iou((x1, y1, x2, y2), row[1:]) for row in truth.double().tolist()]
+        best = max(range(len(truth)), key=lambda i: overlaps[i])
+        if overlaps[best] >= 0.5 and best not in taken:
+            taken.add(best)
+            pairs.append((overlaps[best], float(truth[best, 0]) == label))
+    return pairs
+
+
+@pytest.mark.parametrize("minimum", [0.0, 0.3, 0.8])
+@pytest.mark.parametrize("seed", range(4))
+def test_matched_boxes_equal_loops(seed, minimum):
+    generator = np.random.default_rng(seed)
+    scenes = [scene(generator, labels=generator.integers(0, 9), sure=0.7) for _ in range(12)]
+    for _, truth in scenes:
+        if len(truth) > 3:  # labels that overlap each other
+            truth[1:3, 1:] = truth[0, 1:] + torch.tensor([[2.0], [4.0]])
+    overlap, right_class = (torch.cat(parts) for parts in zip(*(match_boxes(*pair) for pair in scenes), strict=True))
+    confidence = torch.cat([found[:, 4] for found, _ in scenes]).numpy()
+    number_labels = sum(len(truth) for _, truth in scenes)
+    result = matched_boxes(overlap.numpy(), right_class.numpy(), confidence, number_labels, minimum)
+    pairs = [pair for found, truth in scenes for pair in slow_pairs(found, truth, minimum)]
+    assert result.count == len(pairs) > 5 and result.confidence == minimum
+    assert result.share == pytest.approx(len(pairs) / number_labels)
+    assert result.mean_iou == pytest.approx(np.mean([pair[0] for pair in pairs]), abs=1e-5)
+    assert result.class_accuracy == pytest.approx(np.mean([pair[1] for pair in pairs]))
+    assert 0.5 < result.mean_iou < 1 and 0.4 < result.class_accuracy < 1
+
+
+def test_classification_does_not_touch_localisation():
+    truth = torch.tensor([[0, 0, 0, 10, 10], [1, 20, 20, 30, 30]]).float()
+    found = torch.tensor([[0, 0, 10, 8, 0.9, 1], [20, 20, 30, 30, 0.5, 1], [0, 0, 10, 10, 0.4, 0]]).float()
+    overlap, right_class = match_boxes(found, truth)
+    # The third box is the better one, but its label is taken by a more confident one of the wrong class.
+    assert overlap.tolist() == pytest.approx([0.8, 1.0, 0.0]) and right_class.tolist() == [False, True, False]
+    # At IoU 0.9 the first box claims nothing and the third gets its label.
+    assert match_boxes(found, truth, iou_threshold=0.9)[0].tolist() == pytest.approx([0, 1, 1])
+    nothing = matched_boxes(np.zeros(3), np.zeros(3, bool), np.ones(3), 2, 0.25)
+    assert (nothing.count, nothing.share, nothing.mean_iou, nothing.class_accuracy) == (0, 0, 0, 0)
+    for pair in ((found, truth[:0]), (found[:0], truth)):
+        assert not match_boxes(*pair)[0].any() and len(match_boxes(*pair)[1]) == len(pair[0])
+
+
+def test_ap75_is_the_column_of_that_threshold():
+    correct = np.zeros((1, 10), dtype=bool)
+    for last, expected in ((4, 0.0), (5, 0.995)):  # right up to IoU 0.70, up to 0.75
+        correct[0, : last + 1] = True
+        metrics = ap_per_class(correct, np.array([0.9]), np.array([0]), np.array([0]))
+        assert metrics.ap75.tolist() == pytest.approx([expected])
+    assert IOU_THRESHOLDS[5] == pytest.approx(0.75)
