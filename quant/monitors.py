@@ -107,13 +107,20 @@ class Monitors:
             return
         calibrated = float(node.deviation)
         drift = max(high / calibrated, calibrated / max(low, 1e-12))
-        if high > DEVIATION_SPREAD * low or (not node.paper and drift > DEVIATION_DRIFT):
+        if high > DEVIATION_SPREAD * low:
             self.warn(
                 f"{name} statistics",
                 f"{name}: the statistics of the normalisation are unstable: the deviation over channels went from "
-                f"{low:.3g} to {high:.3g} within an epoch (calibrated: {calibrated:.3g}). Constants cannot stand for "
-                "it: keep gabfusion.fold: anneal, lower quant_lr0 or raise quant_warmup_epochs, and calibrate on more "
-                "images (calibration.images)",
+                f"{low:.3g} to {high:.3g} within an epoch. Constants cannot stand for it: keep gabfusion.fold: anneal, "
+                "and lower quant_lr0 or raise quant_warmup_epochs",
+            )
+        elif not node.paper and drift > DEVIATION_DRIFT:
+            self.warn(
+                f"{name} statistics",
+                f"{name}: the statistics of the normalisation are unstable: the deviation over channels is "
+                f"{(low + high) / 2:.3g} in training and was {calibrated:.3g} at calibration. Train the float model "
+                "longer if its batch norms have not settled, calibrate on more images (calibration.images), or lower "
+                "quant_lr0",
             )
         if float(node.axis_error) > AXIS_ERROR:
             self.warn(

@@ -422,7 +422,8 @@ def keep_biases_float(graph: GraphProto) -> None:
     """Keeps onnxruntime from rounding biases that the network does not round, by a Max that it cannot see through.
 
     It runs Dequantize -> Conv -> Quantize in integers, also across a Relu or Clip that the quantizer's range makes
-    superfluous, and rounds a float bias to steps of input times weight. At 4 bits these are a fifth of an output step.
+    superfluous, and rounds a float bias to steps of input times weight. In a 4-bit network of four convolutions that
+    changed 0.17 % of all codes with ReLU and 0.85 % without activation functions (onnxruntime 1.31).
     (Under ``activation.output`` the bias is an integer already, and what is wanted is just that.)
     """
     made_by = producers(graph.node)

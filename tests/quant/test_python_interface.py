@@ -29,7 +29,7 @@ from quant import (
     strength_at,
     update_balance,
 )
-from quant.fold import BranchGrids, IntegerConv2d
+from quant.fold import ActivationGrid, BranchGrids, IntegerConv2d
 from quant.layers import QuantConv2d
 from quant.lsq import FixedGrid
 from quant.trace import norms_behind, trace_flow
@@ -338,6 +338,31 @@ def test_folding_leaves_alone_what_it_cannot_fold(output):
     # Several operations read the concatenation, so the factors are applied to it and no grid moves in front.
     assert type(folded.cat.balance).__name__ == "ScaledBranches"
     assert relative_distance(model, folded, images) < (1e-3 if output is None else 0.05)
+
+
+class Reused(nn.Module):
+    """The convolution that reads a concatenation reads another tensor too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.cat = nn.Conv2d(3, 8, 3, padding=1), Concat()
+        self.shared, self.last = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(self.shared(self.shared(self.cat([x, x.square()]))))
+
+
+def test_no_grid_moves_in_front_of_a_concat_if_its_quantizer_reads_more():
+    torch.manual_seed(0)
+    images = smooth(2, 16)
+    model = prepare(Reused(), QuantConfig.from_dict({"gabfusion": True}), images)
+    calibrate(model, [images])
+    with torch.no_grad():
+        model.cat.balance.logits.copy_(torch.tensor([0.5, -0.2]))
+    folded = fold(model.eval())
+    assert isinstance(folded.shared.input_quantizer, ActivationGrid)
+    assert relative_distance(model, folded, images) < 1e-3
 
 
 def test_a_slot_quantizes_the_shortcut():
