@@ -6,6 +6,7 @@ import yaml
 from data.shapes import Drawing
 from utils.dataset_yaml import load_dataset_yaml, prepare_dataset
 from utils.errors import UserError
+from utils.hyp import OPTIONAL
 from utils.paths import ROOT
 
 
@@ -113,12 +114,7 @@ def test_hyper_parameter_files_have_the_reference_keys():
     assert (low["lr0"], low["cls"], low["scale"], low["mosaic"], low["mixup"]) == (0.01, 0.5, 0.5, 1.0, 0.0)
     for file in Path(ROOT / "data" / "hyps").glob("*.yaml"):
         values = yaml.safe_load(file.read_text())
-        ours = {key for key in values if key.startswith("quant_")} | {
-            "anchors",
-            "nominal_batch",
-            "ema_decay",
-            "ema_tau",
-        }
+        ours = {key for key in values if key.startswith("quant_")} | set(OPTIONAL)
         assert set(values) - ours == set(low), file
         assert all(isinstance(value, float | int) for value in values.values()), file
     voc = yaml.safe_load((ROOT / "data/hyps/hyp.VOC.yaml").read_text())
