@@ -119,7 +119,8 @@ def export_file(path: Path, options: argparse.Namespace) -> list[ExportedFile]:
         result = write_verified(exported, target, folded, expected)
         LOGGER.info(f"{target}: {purpose}, compared with the network on {len(images)} {source}:\n{result.table()}")
         files.append(ExportedFile(target, purpose, result))
-    report(path, files, size, options, time.perf_counter() - start)
+    trained_on = ((weights.checkpoint or {}).get("options") or {}).get("data")
+    report(path, files, size, options, options.data or trained_on, time.perf_counter() - start)
     return files
 
 
@@ -236,15 +237,20 @@ def write_verified(exported: ExportedGraph, target: Path, folded: nn.Module, exp
 
 
 def report(
-    path: Path, files: list[ExportedFile], size: tuple[int, int], options: argparse.Namespace, seconds: float
+    path: Path,
+    files: list[ExportedFile],
+    size: tuple[int, int],
+    options: argparse.Namespace,
+    used_data: str | None,
+    seconds: float,
 ) -> None:
-    """Says what was written and what to do with it."""
+    """Says what was written and what to do with it; ``used_data`` is the data set it can be measured on."""
     shape = "any batch and size" if options.dynamic else f"batch {options.batch_size}, {size[0]}x{size[1]}"
     LOGGER.info(f"Exported {path} in {seconds:.1f} s ({shape}):")
     for file in files:
         LOGGER.info(f"  {file.megabytes:8.2f} MB  {file.path}  ({file.purpose})")
     side = f"--imgsz {max(size)}"
-    data = f" --data {options.data}" if options.data else ""
+    data = f" --data {used_data}" if used_data else ""
     LOGGER.info(f"Measure it:  python val.py --weights {files[0].path}{data} {side}")
     if not options.dynamic:
         LOGGER.info("             (its images are padded to squares; give --square to measure the .pt in the same way)")

@@ -111,10 +111,10 @@ class Verification:
                     f"boundary, {count.unexplained:,} without a reason"
                 )
             lines.append(f"  {'end to end':<12}{self.without_flip:>4} of {self.images} images without a flipped code")
-        lines.append(
-            f"  {'outputs':<12}largest difference {self.largest_difference:.2g}"
-            f"{' (images without a flip)' if self.quantized else ''}, relative distance {self.largest_relative:.2g}"
-        )
+        largest = f"largest difference {self.largest_difference:.2g}"
+        if self.quantized:
+            largest = f"{largest} (images without a flip)" if self.without_flip else "a flipped code in every image"
+        lines.append(f"  {'outputs':<12}{largest}, relative distance {self.largest_relative:.2g}")
         if self.trained_relative is not None:
             lines.append(
                 f"  {'training':<12}{self.trained_equal:>4} of {self.images} images as before folding, relative "

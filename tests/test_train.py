@@ -10,6 +10,7 @@ from small_detector import SMALL
 
 import export
 import train
+import training.trainer
 from quant.calibrate import calibrate
 from quant.fold import fold
 from quant.gabfusion import fusion_nodes
@@ -181,6 +182,22 @@ def test_interrupted_run_resumes_to_the_same_result(phase, cfg, data, tmp_path, 
     assert expected.keys() == actual.keys()
     assert [key for key in expected if not torch.equal(expected[key], actual[key])] == []
     assert len(read_results(stopped / "results.csv")) == 3
+    # The table at the end has its row of calibration alone after a resume too.
+    calibrated = [load_checkpoint(folder / "weights" / "last.pt")["calibrated"] for folder in (whole, stopped)]
+    assert calibrated[0] == calibrated[1] and len(calibrated[0]) == 2
+
+
+def test_the_best_network_is_saved_before_the_last(cfg, data, tmp_path, monkeypatch):
+    """Killed between the two, a run must not know of a best fitness whose network was never kept."""
+    saved, save = [], training.trainer.save_checkpoint
+
+    def record(checkpoint, path):
+        saved.append(path.name)
+        save(checkpoint, path)
+
+    monkeypatch.setattr(training.trainer, "save_checkpoint", record)
+    run(tmp_path, "float", "--cfg", cfg, "--data", data, "--epochs", "1")
+    assert saved[:2] == ["best.pt", "last.pt"]
 
 
 def test_interrupted_float_run_with_fitted_anchors_resumes_to_the_same_result(cfg, data, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from dataclasses import dataclass
 
 import yaml
 from torch import Tensor, nn
@@ -94,11 +95,21 @@ def float_phase(run: Run, model: DetectionModel, resume: dict | None) -> Detecti
     return best_model(run, phase)
 
 
+@dataclass(frozen=True)
+class Accuracy:
+    """What the table at the end tells of a network; an ``Evaluation`` has it too."""
+
+    map50: float
+    map: float
+
+
 def best_model(run: Run, phase: Phase) -> DetectionModel:
     """The network in the phase's best checkpoint (its last one where validation was switched off)."""
     for name in ("best", "last"):
         file = run.weights_dir / f"{phase.prefix}{name}.pt"
         if file.exists():
+            if name == "last" and not run.options.noval:
+                LOGGER.warning(f"WARNING: {run.weights_dir} has no {phase.prefix}best.pt; {file.name} takes its place")
             return model_from_checkpoint(load_checkpoint(file)).to(run.device)
     raise UserError(
         f"{run.weights_dir}: no checkpoint of the {phase.name} phase; was --epochs 0 given for a float run?"
@@ -128,11 +139,11 @@ def report_layers(run: Run, model: DetectionModel, batches: list[Tensor]) -> tup
 
 def quantized_phase(
     run: Run, float_model: DetectionModel, teacher: nn.Module | None, resume: dict | None
-) -> tuple[DetectionModel, Evaluation | None]:
+) -> tuple[DetectionModel, Accuracy | None]:
     """Calibrates and trains the quantized network.
 
     Returns:
-        The best deployable network, and the evaluation after calibration alone (None when resumed).
+        The best deployable network, and the accuracy after calibration alone (None if an older checkpoint is resumed).
     """
     phase = Phase("quantized", run.options.epochs, "")
     model = copy.deepcopy(float_model).train()
@@ -156,28 +167,32 @@ def quantized_phase(
         calibrated = run.evaluate(model)
         LOGGER.info(f"Calibrated only: mAP50 {calibrated.map50:.4f}  mAP50-95 {calibrated.map:.4f}")
     trainer = Trainer(run, phase, model, teacher, resume)
+    if calibrated is not None:
+        trainer.calibrated = [calibrated.map50, calibrated.map]
+    before = Accuracy(*trainer.calibrated) if trainer.calibrated else None
     if reported is not None and trainer.log.writer is not None:
         write_tensorboard(trainer.log.writer, *reported)
     if phase.epochs == 0:
         checkpoint = trainer._checkpoint(-1) | {"finished": True}
         for name in ("last", "best"):
             save_checkpoint(checkpoint, run.weights_dir / f"{name}.pt")
-        return model, calibrated
+        return model, before
     LOGGER.info(f"Quantized phase: {phase.epochs} epochs, {run.config.method} {run.config.bits_label()}")
     trainer.fit()
     best = best_model(run, phase)
     report_layers(run, best, batches)  # layers.csv tells of the network that is kept
-    return best, calibrated
+    return best, before
 
 
-def summarise(run: Run, rows: list[tuple[str, Evaluation, int]]) -> None:
+def summarise(run: Run, rows: list[tuple[str, Accuracy | Evaluation, int]]) -> None:
     """Prints the table at the end of a quantized run: name, accuracy, gap to float, size."""
     reference = rows[0][1]
     LOGGER.info("")
-    LOGGER.info(f"{'':<28}{'mAP50':>9}{'mAP50-95':>10}{'gap mAP50':>12}{'size':>11}")
+    LOGGER.info(f"{'':<28}{'mAP50':>9}{'mAP50-95':>10}{'gap mAP50':>14}{'size':>11}")
     for name, result, size in rows:
         gap = "" if result is reference else f"{(result.map50 - reference.map50) * 100:+.1f} points"
-        LOGGER.info(f"{name:<28}{result.map50:>9.4f}{result.map:>10.4f}{gap:>12}{size / 1e6:>8.2f} MB")
+        LOGGER.info(f"{name:<28}{result.map50:>9.4f}{result.map:>10.4f}{gap:>14}{size / 1e6:>8.2f} MB")
     best = run.weights_dir / "best.pt"
     LOGGER.info(f"\nFiles are in {run.save_dir}")
-    LOGGER.info(f"Export with: python export.py --weights {best} --imgsz {run.options.imgsz} --include onnx")
+    data = f"--data {run.options.data} --imgsz {run.options.imgsz}"
+    LOGGER.info(f"Export with: python export.py --weights {best} {data} --include onnx")

@@ -58,6 +58,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=self.amp)
         self.stopper = EarlyStopping(options.patience)
         self.best_fitness, self.first_epoch = -1.0, 0
+        self.calibrated: list[float] | None = None  # mAP50 and mAP50-95 before training, for the table at the end
         self.quantized: QuantizedTraining | None = None
         if phase.quantized:
             self.quantized = QuantizedTraining(model, self.ema.ema, run.config, teacher, phase.epochs)
@@ -267,9 +268,11 @@ class Trainer:
             stop = self.stopper.step(epoch, result.fitness)
         if not self.options.nosave or epoch + 1 >= self.phase.epochs or stop:
             checkpoint = self._checkpoint(epoch)
-            save_checkpoint(checkpoint, self._file("last"))
+            # The best one first: a run that is killed between the two resumes before this epoch and saves it again. The
+            # other way round last.pt would know of a best fitness whose network was never kept.
             if best:
                 save_checkpoint(checkpoint, self._file("best"))
+            save_checkpoint(checkpoint, self._file("last"))
             if self.options.save_period > 0 and (epoch + 1) % self.options.save_period == 0:
                 save_checkpoint(checkpoint, self._file(f"epoch{epoch}"))
         return stop
@@ -312,6 +315,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "stopper": self.stopper.state_dict(),
             "first_steps": self.quantized.first_steps if self.quantized else None,
+            "calibrated": self.calibrated,
             "random": random_states(),
             "epoch": epoch,
             "best_fitness": self.best_fitness,
@@ -329,6 +333,7 @@ class Trainer:
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.stopper.load_state_dict(checkpoint["stopper"])
         self.best_fitness = checkpoint["best_fitness"]
+        self.calibrated = checkpoint.get("calibrated")
         if self.quantized:
             self.quantized.first_steps = checkpoint["first_steps"]
         self.first_epoch = checkpoint["epoch"] + 1

@@ -17,6 +17,7 @@ from utils.errors import UserError
 from utils.log import LOGGER
 from utils.safe_pickle import PickledObject, PickledTensor, TorchFile
 
+EXPORTED_SUFFIXES = (".onnx", ".engine", ".torchscript", ".xml", ".tflite", ".pb", ".mlmodel")
 FORMAT = 1
 MOST_TENSORS = 20_000  # YOLOv5x6 has about 1,000
 
@@ -160,6 +161,14 @@ def _names(value: object, file: TorchFile) -> dict[int, str]:
     return {int(key): str(name) for key, name in sorted(value.items(), key=lambda entry: int(entry[0]))}
 
 
+def check_is_checkpoint(path: Path) -> None:
+    """Raises UserError unless ``path`` is a file, and none that an exporter wrote."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist. Give the path of a .pt file")
+    if path.suffix.lower() in EXPORTED_SUFFIXES:
+        raise UserError(f"{path} is an exported network; give the .pt that it was exported from")
+
+
 def load_checkpoint(path: str | Path) -> dict:
     """Reads one of our own checkpoints, with ``weights_only=True`` and onto the CPU.
 
@@ -167,8 +176,7 @@ def load_checkpoint(path: str | Path) -> dict:
         UserError: the file is absent, damaged, an official file, or of a newer format.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist. Give the path of a .pt file")
+    check_is_checkpoint(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError:
@@ -261,8 +269,7 @@ def read_weights(path: str | Path) -> Weights:
     The state_dict is the EMA's where there is one. Raises UserError as ``load_official`` and ``load_checkpoint``.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist. Give the path of a .pt file")
+    check_is_checkpoint(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols of files that are not ours

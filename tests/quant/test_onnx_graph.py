@@ -12,6 +12,7 @@ from small_detector import SIZE, images, quantized_detector
 
 from quant import onnx_graph
 from quant.fold import fold
+from quant.verify import Verification
 from utils.errors import UserError
 
 GRID = {"step": 0.1, "output_step": 0.1, "zero_point": 3, "output_zero_point": 3, "low": 0, "high": 15}
@@ -270,3 +271,8 @@ def test_the_traced_copy_leaves_the_network_alone_and_the_file_is_always_the_sam
     assert len(set(contents)) == 1
     assert kinds == [type(module) for module in folded.modules()]
     assert all(torch.equal(before[name], value) for name, value in folded.state_dict().items())
+
+
+def test_a_difference_that_was_not_measured_is_not_called_zero():
+    assert "largest difference 0 (images" in Verification(images=1, without_flip=1).table()
+    assert "a flipped code in every image" in Verification(images=1).table()

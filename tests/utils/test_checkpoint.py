@@ -489,3 +489,10 @@ def test_official_nano(shared_data):
     assert all(tensor.isfinite().all() for tensor in official.state_dict.values())
     anchors = torch.tensor([10.0, 13, 16, 30, 33, 23]).view(3, 2) / 8
     torch.testing.assert_close(official.anchors[0], anchors)
+
+
+@pytest.mark.parametrize("reader", [read_weights, load_checkpoint])
+def test_an_exported_file_is_not_called_damaged(reader, tmp_path):
+    (tmp_path / "best.onnx").write_bytes(b"\x08\x08")
+    with pytest.raises(UserError, match="exported network; give the .pt"):
+        reader(tmp_path / "best.onnx")
