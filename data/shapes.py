@@ -46,7 +46,7 @@ class Drawing:
     clutter: tuple[int, int] = (0, 2)  # strokes, arcs, blobs and bars per image
     noise: float = 8.0  # largest standard deviation of the pixel noise
     blur: float = 0.9  # pixels; largest standard deviation of the final blur
-    contrast: tuple[float, float] = (0.3, 1.0)  # share of the contrast that haze leaves, drawn log-uniformly
+    contrast: tuple[float, float] = (0.45, 1.0)  # share of the contrast that haze leaves, drawn log-uniformly
 
 
 # --- outlines, in units of the radius
