@@ -494,5 +494,5 @@ def test_official_nano(shared_data):
 @pytest.mark.parametrize("reader", [read_weights, load_checkpoint])
 def test_an_exported_file_is_not_called_damaged(reader, tmp_path):
     (tmp_path / "best.onnx").write_bytes(b"\x08\x08")
-    with pytest.raises(UserError, match="exported network; give the .pt"):
+    with pytest.raises(UserError, match=r"exported network; give the \.pt"):
         reader(tmp_path / "best.onnx")
