@@ -119,8 +119,8 @@ def export_file(path: Path, options: argparse.Namespace) -> list[ExportedFile]:
         result = write_verified(exported, target, folded, expected)
         LOGGER.info(f"{target}: {purpose}, compared with the network on {len(images)} {source}:\n{result.table()}")
         files.append(ExportedFile(target, purpose, result))
-    trained_on = ((weights.checkpoint or {}).get("options") or {}).get("data")
-    report(path, files, size, options, options.data or trained_on, time.perf_counter() - start)
+    used_data = options.data or weights.trained_with("data")
+    report(path, files, size, options, used_data, time.perf_counter() - start)
     return files
 
 
@@ -130,8 +130,7 @@ def image_size(given: list[int] | None, weights: Weights, stride: int) -> tuple[
     Raises:
         UserError: not one or two positive numbers.
     """
-    trained = ((weights.checkpoint or {}).get("options") or {}).get("imgsz")
-    sides = list(given or [trained or 640])
+    sides = list(given or [weights.trained_with("imgsz") or 640])
     if len(sides) > 2 or min(sides) < 1:
         raise UserError(f"--imgsz {' '.join(map(str, sides))}: give one side, or height and width, in pixels")
     height, width = (-(-side // stride) * stride for side in (sides[0], sides[-1]))
@@ -181,10 +180,10 @@ def verification_images(
     Raises:
         UserError: ``data`` was given and cannot be read.
     """
-    trained_on = ((weights.checkpoint or {}).get("options") or {}).get("data")
+    used = data or weights.trained_with("data")
     try:
-        if data or trained_on:
-            spec = load_dataset_yaml(data or trained_on)
+        if used:
+            spec = load_dataset_yaml(used)
             prepare_dataset(spec)
             paths = list_images(spec.val)
             chosen = paths[:: max(1, len(paths) // count)][:count]

@@ -200,11 +200,7 @@ def quantization_of(options: argparse.Namespace, model: DetectionModel) -> Quant
     config = build_config(options.quant, options.bits, options.gabfusion, options.ada, options.recipe, model.yaml)
     if options.teacher and not config.needs_teacher:
         raise UserError("--teacher needs --ada or a recipe with distillation: nothing is learned from a teacher else")
-    last = model.detect.i
-    for block in ("ada", "distillation"):
-        wrong = [index for index in getattr(config, block).layers or [] if not 0 <= index < last]
-        if wrong:
-            raise UserError(f"{block}.layers: {wrong[0]} is not a layer of this model; its layers are 0 to {last - 1}")
+    config.check_layers(model.detect.i)
     prepare(copy.deepcopy(model), config)
     check_auto_bits(model, config)
     return config

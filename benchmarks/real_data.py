@@ -2,9 +2,10 @@
 
     python benchmarks/real_data.py --weights yolov5n.pt --data bccd.yaml deeppcb.yaml --output runs/real
 
-For each data set: float fine-tuning, then --quant lsq --bits 4 plain, with --gabfusion, with --ada, with both (same
-epochs, same seed, same start), evaluation of each last epoch on the test split (val where there is none), export, and
-evaluation of the ONNX. What is done already is not done again, so the command can be repeated after an interruption.
+For each data set: float fine-tuning, then --quant lsq --bits 4 plain, with --gabfusion, with --ada, with both, and the
+other methods plain (same epochs, same seed, same start), evaluation of each last epoch on the test split (val where
+there is none), export, and evaluation of the ONNX. What is done already is not done again, so the command can be
+repeated after an interruption.
 Tables go to docs/results.md between the markers of this benchmark.
 """
 
@@ -38,6 +39,9 @@ VARIANTS = {
     "+ ADA": ["--ada"],
     "+ GABFusion + ADA": ["--gabfusion", "--ada"],
     "+ GABFusion (feedback)": ["--gabfusion", "feedback"],
+    "pact": ["--quant", "pact"],  # the last --quant counts
+    "dsq": ["--quant", "dsq"],
+    "n2uq": ["--quant", "n2uq"],
 }
 
 

@@ -352,6 +352,15 @@ class QuantConfig:
         config.validate(where)
         return config
 
+    def check_layers(self, count: int) -> None:
+        """Raises UserError if a layer to learn a teacher's features from is not among the first ``count``."""
+        for block in ("ada", "distillation"):
+            wrong = [index for index in getattr(self, block).layers or [] if not 0 <= index < count]
+            if wrong:
+                raise UserError(
+                    f"{block}.layers: {wrong[0]} is not a layer of this model; its layers are 0 to {count - 1}"
+                )
+
     @property
     def needs_teacher(self) -> bool:
         """Whether any loss compares with a float teacher."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from models.common import Add, Concat, Conv
 from quant.gabfusion import GABFusion, join
 from quant.layers import QuantConv2d, replace_module
-from quant.prepare import check_calibrated, example_input
+from quant.prepare import check_calibrated, example_input, inside_block, joins_channels
 from quant.primitives import Grid, from_codes, to_codes
 from quant.quantizer import IntegerForm, Quantizer
 from quant.trace import Flow, has_input_slot, norms_behind, trace_flow
@@ -335,12 +335,9 @@ def _fold_fusions(model: nn.Module, flow: Flow) -> None:
         if not isinstance(module, (Concat, Add)) or name not in flow.branches:
             continue
         balance = module.balance
-        within = type(model.get_submodule(name.rpartition(".")[0])).__module__
-        if balance is None and within == Concat.__module__:
+        if (balance is None and inside_block(model, name)) or not joins_channels(module):
             continue
         if isinstance(balance, GABFusion) and not balance.is_identity:
-            continue
-        if isinstance(module, Concat) and module.d not in (1, -3):
             continue
         readers = [model.get_submodule(reader) for reader in flow.readers.get(flow.outputs[name], ())]
         reader = readers[0] if len(readers) == 1 and _reads_once(name, flow) else None

@@ -39,11 +39,10 @@ from models.backend import load_network
 from models.yolo import DetectionModel
 from quant.calibrate import InputSampler
 from quant.config import BITS, AutoBits, LayerOverride, QuantConfig, build_config
-from quant.prepare import example_input, layer_bits
+from quant.prepare import example_input, placed_bits, trace_convolutions
 from quant.quantizer import Quantizer
 from quant.registry import QUANTIZERS
 from quant.samples import open_samples
-from quant.trace import trace_readers
 from utils.devices import limit_threads, select_device
 from utils.errors import UserError
 from utils.hyp import DEFAULT_FILE, load_hyp
@@ -244,8 +243,8 @@ def sensitivity(
         One entry for each convolution, in the order of execution, and bit width.
     """
     model = copy.deepcopy(model).eval()
-    readers = trace_readers(model, batches[0][:1])
-    chosen = [name for name in readers.convolutions if names is None or name in names]
+    readers, possible = trace_convolutions(model, batches[0][:1])
+    chosen = [name for name in possible if names is None or name in names]
     behind_image = [name for name in chosen if readers.convolutions[name] != readers.image]
     weights = _weight_quantizers(model, config, chosen, bits) if parts != "inputs" else {}
     inputs = _input_quantizers(model, config, batches, behind_image, bits) if parts != "weights" else {}
@@ -365,13 +364,11 @@ def free_layers(model: nn.Module, config: QuantConfig, example: Tensor | None = 
 
     First and Detect layers and those that ``layers`` gives weight bits to are not among them.
     """
-    readers = trace_readers(model, example_input(model) if example is None else example)
-    names = list(readers.convolutions)
-    first = {name for name, tensor in readers.convolutions.items() if tensor == readers.image}
+    readers, names = trace_convolutions(model, example_input(model) if example is None else example)
     tried = []
     for bits in BITS[:2]:  # what follows the general bits differs between two of them
         weight = dataclasses.replace(config.weight, bits=bits)
-        tried.append(layer_bits(model, dataclasses.replace(config, weight=weight), first, names))
+        tried.append(placed_bits(model, dataclasses.replace(config, weight=weight), readers, names))
     return {name: tried[0][name].activation for name in names if tried[0][name].weight != tried[1][name].weight}
 
 
@@ -497,7 +494,7 @@ def run(options: argparse.Namespace) -> list[Sensitivity]:
         raise UserError(f"--weights {options.weights} is quantized already; give a float checkpoint")
     model = model.to(device).eval()
     saved = weights.checkpoint or {}
-    size = options.imgsz or int((saved.get("options") or {}).get("imgsz", 640))
+    size = options.imgsz or int(weights.trained_with("imgsz") or 640)
     hyp = saved["hyp"] if saved.get("hyp") and not options.hyp else load_hyp(options.hyp or DEFAULT_FILE)
     stride = max(int(model.stride.max()), 32)
     size = -(-size // stride) * stride

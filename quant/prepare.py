@@ -119,9 +119,7 @@ def prepare(model: nn.Module, config: QuantConfig, example: Tensor | None = None
         raise UserError("this model is quantized already; start from a float checkpoint")
     if example is None:
         example = example_input(model)
-    traced = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.BatchNorm2d))]
-    readers = trace_readers(model, example, traced)
-    names = [name for name in readers.convolutions if quantizable(model.get_submodule(name))]
+    readers, names = trace_convolutions(model, example)
     if not names or isinstance(model, nn.Conv2d):
         raise UserError(
             "this model runs no nn.Conv2d inside that could be quantized (a single one: wrap it in Sequential)"
@@ -163,12 +161,23 @@ def first_convolutions(readers: Readers) -> set[str]:
     return {name for name, read in readers.convolutions.items() if read == tensor}
 
 
+def trace_convolutions(model: nn.Module, example: Tensor) -> tuple[Readers, list[str]]:
+    """Who reads what (with the outputs of convolutions and norms), and the convolutions to quantize, as they run."""
+    traced = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.BatchNorm2d))]
+    readers = trace_readers(model, example, traced)
+    return readers, [name for name in readers.convolutions if quantizable(model.get_submodule(name))]
+
+
+def placed_bits(model: nn.Module, config: QuantConfig, readers: Readers, names: list[str]) -> dict[str, LayerBits]:
+    """``layer_bits`` with the first and last of the convolutions ``names`` found by ``readers``."""
+    last = [name for name in names if readers.outputs[name] in readers.results]
+    return layer_bits(model, config, first_convolutions(readers).intersection(names), names, last)
+
+
 def _quantize_convolutions(model: nn.Module, config: QuantConfig, readers: Readers, names: list[str]) -> None:
     """Replaces the convolutions ``names`` by quantized ones and fills the slots of blocks."""
-    first = first_convolutions(readers)
-    images = {readers.convolutions[name] for name in first}
-    last = [name for name in names if readers.outputs[name] in readers.results]
-    bits = layer_bits(model, config, first.intersection(names), names, last)
+    images = {readers.convolutions[name] for name in first_convolutions(readers)}
+    bits = placed_bits(model, config, readers, names)
     inputs = _InputQuantizers(config, readers.image)
     method, options = QUANTIZERS[config.method], config.method_options()
 
@@ -274,11 +283,19 @@ def fusion_points(model: nn.Module, scope: str, flow: Flow) -> dict[str, Concat 
     for name, module in model.named_modules():
         if not isinstance(module, (Concat, Add)) or name not in flow.branches or flow.copies_of_one(name):
             continue
-        within = type(model.get_submodule(name.rpartition(".")[0])).__module__
-        if (scope == "neck" and within == Concat.__module__) or getattr(module, "d", 1) not in (1, -3):
-            continue
-        found[name] = module
+        if joins_channels(module) and not (scope == "neck" and inside_block(model, name)):
+            found[name] = module
     return found
+
+
+def joins_channels(module: Concat | Add) -> bool:
+    """Whether the branches are channels (or summands): other dimensions have no factor a branch."""
+    return isinstance(module, Add) or module.d in (1, -3)
+
+
+def inside_block(model: nn.Module, name: str) -> bool:
+    """Whether the module ``name`` is part of a block of ``models.common`` (C3), not of the network itself."""
+    return type(model.get_submodule(name.rpartition(".")[0])).__module__ == Concat.__module__
 
 
 def insert_fusion(model: nn.Module, config: QuantConfig, example: Tensor) -> None:

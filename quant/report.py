@@ -500,7 +500,7 @@ def run(options: argparse.Namespace) -> list[LayerReport]:
         raise UserError(f"--weights {options.weights} is not quantized: train it with --quant first")
     model = model.to(device).eval()
     stride = max(int(model.stride.max()), 32)
-    size = options.imgsz or int((weights.checkpoint.get("options") or {}).get("imgsz", 640))
+    size = options.imgsz or int(weights.trained_with("imgsz") or 640)
     size = -(-size // stride) * stride
     batches = []
     if options.data:

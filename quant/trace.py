@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 
 @dataclass
@@ -67,16 +69,23 @@ def trace_readers(model: nn.Module, example: Tensor, outputs: Iterable[str] = ()
             handles.append(module.register_forward_pre_hook(note(found.slots, name, False)))
         if name in outputs:
             handles.append(module.register_forward_hook(note(found.outputs, name, True)))
+    with _evaluating(model, handles):
+        alive.append(model(example))
+    found.results = {id(tensor) for tensor in _tensors(alive[-1])}
+    return found
+
+
+@contextmanager
+def _evaluating(model: nn.Module, handles: list[RemovableHandle]) -> Iterator[None]:
+    """Eval mode for the time being; afterwards the mode is as it was and the hooks are gone."""
     was_training = model.training
     model.eval()
     try:
-        alive.append(model(example))
-        found.results = {id(tensor) for tensor in _tensors(alive[-1])}
+        yield
     finally:
         for handle in handles:
             handle.remove()
         model.train(was_training)
-    return found
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
@@ -180,16 +189,9 @@ def trace_flow(model: nn.Module, example: Tensor) -> Flow:
 
     for name, module in model.named_modules():
         handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave(name))]
-    was_training = model.training
-    model.eval()
-    try:
-        with _NoteReads(flow, running, alive):
-            alive.append(model(example))
-        flow.results = {id(tensor) for tensor in _tensors(alive[-1])}
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(was_training)
+    with _evaluating(model, handles), _NoteReads(flow, running, alive):
+        alive.append(model(example))
+    flow.results = {id(tensor) for tensor in _tensors(alive[-1])}
     return flow
 
 

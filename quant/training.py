@@ -14,7 +14,8 @@ from quant.config import QuantConfig
 from quant.distillation import distillation_losses
 from quant.gabfusion import GABFusion, calibrate_fusion, fusion_nodes, set_strength, strength_at
 from quant.monitors import Monitors
-from quant.prepare import fusion_readers, quantizers, reading_quantizers
+from quant.prepare import fusion_readers, penalty, quantizers, reading_quantizers
+from quant.samples import labelled_batches
 from utils.errors import UserError
 from utils.log import LOGGER
 
@@ -49,7 +50,7 @@ class QuantizedTraining:
         self._term_sums: dict[str, Tensor] = {}
         self._term_count = 0
         self.gradient_ratios: dict[str, float] = {}
-        self._penalised = [q for q in quantizers(model).values() if q.penalty() is not None]
+        self._penalised = any(q.penalty() is not None for q in quantizers(model).values())
         if self.nodes and config.gabfusion.fold == "finetune":
             fusion_readers(model)  # refuses now what could not be fixed later
         if config.needs_teacher:
@@ -66,8 +67,8 @@ class QuantizedTraining:
         self.teacher = freeze_teacher(teacher)
         self.term_weights = ({"ada": ada.weight} if ada.enabled else {}) | other.weights
         # Without features of its own a term is still measured where Detect reads.
-        self.ada_layers = self._layers("ada", ada.layers) if ada.enabled else ()
-        self.layers = self._layers("distillation", other.layers) if other.weights else ()
+        self.ada_layers = self._layers(ada.layers) if ada.enabled else ()
+        self.layers = self._layers(other.layers) if other.weights else ()
         self.features = tuple(sorted({*self.ada_layers, *self.layers}))
         names = {index: f"model.{index}" for index in self.ada_layers}
         reading = reading_quantizers(self.model, list(names.values()))
@@ -81,11 +82,8 @@ class QuantizedTraining:
             ada.quantized,
         )
 
-    def _layers(self, block: str, given: list[int] | None) -> tuple[int, ...]:
-        last = self.model.detect.i
-        wrong = [index for index in given or () if not 0 <= index < last]
-        if wrong:
-            raise UserError(f"{block}.layers: {wrong[0]} is not a layer of this model; its layers are 0 to {last - 1}")
+    def _layers(self, given: list[int] | None) -> tuple[int, ...]:
+        self.config.check_layers(self.model.detect.i)
         return tuple(given or self.model.feature_layers)
 
     # --- schedule ---------------------------------------------------------------------------------------------------
@@ -139,9 +137,7 @@ class QuantizedTraining:
 
     def penalty(self, batch_size: int) -> Tensor | None:
         """Sum of the quantizers' own loss terms (PACT's L2), times the batch size, or None where no method has one."""
-        if not self._penalised:
-            return None
-        return torch.stack([quantizer.penalty().reshape(()) for quantizer in self._penalised]).sum() * batch_size
+        return penalty(self.model) * batch_size if self._penalised else None
 
     def distillation(self, images: Tensor, features: dict[int, Tensor], raw: list[Tensor]) -> dict[str, Tensor]:
         """The distillation losses of one batch by name, weighted, times the batch size (as the task loss is).
@@ -245,10 +241,4 @@ class QuantizedTraining:
 
 def calibration_batches(dataset, images: int, device: torch.device, batch_size: int = 16) -> list[Tensor]:
     """Evenly spaced images of ``dataset`` (letterboxed, not augmented) as float batches (B, 3, H, W), 0 to 1."""
-    count = min(images, len(dataset))
-    chosen = [round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(count)]
-    batches = []
-    for first in range(0, count, batch_size):
-        stacked = torch.stack([dataset[index][0] for index in chosen[first : first + batch_size]])
-        batches.append(stacked.to(device).float() / 255)
-    return batches
+    return [batch for batch, _ in labelled_batches(dataset, images, device, batch_size)]

@@ -57,6 +57,10 @@ class Weights:
     quantization: dict | None = None
     checkpoint: dict | None = None
 
+    def trained_with(self, option: str) -> object:
+        """The option of train.py that an own checkpoint was trained with, or None."""
+        return ((self.checkpoint or {}).get("options") or {}).get(option)
+
 
 def load_official(path: str | Path) -> OfficialCheckpoint:
     """Reads an official YOLOv5 detection ``.pt`` (a pickled module) without running anything in it.

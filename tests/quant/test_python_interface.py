@@ -2,6 +2,7 @@
 
 import copy
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -436,8 +437,8 @@ def test_example_of_the_page_runs(tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    space = {"__name__": "example"}
-    exec(compile(code, "docs/python.md", "exec"), space)
+    Path("example.py").write_text(code, encoding="utf-8")
+    space = runpy.run_path("example.py")
     assert (tmp_path / "network.onnx").is_file()
     printed = capsys.readouterr().out
     assert "decoder.0" in printed and "times smaller" in printed and "codes compared" in printed
