@@ -31,7 +31,7 @@ from training.random_state import seed_everything
 from training.run import Phase, Run
 from utils.checkpoint import load_checkpoint
 from utils.dataset_yaml import DatasetSpec, load_dataset_yaml, prepare_dataset
-from utils.devices import limit_threads
+from utils.devices import PRECISIONS, limit_threads, select_device, training_type
 from utils.errors import UserError
 from utils.hyp import load_hyp
 from utils.log import LOGGER
@@ -82,6 +82,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--freeze", nargs="+", type=int, default=[0], help="freeze layers 0..N-1, or the listed ones")
     add("--save-period", type=int, default=-1, help="keep a checkpoint every N epochs")
     add("--seed", type=int, default=0)
+    add(
+        "--precision", choices=PRECISIONS, default="auto",
+        help="of convolutions in training; auto: float16 on CUDA, float32 elsewhere. Quantizers compute in float32",
+    )  # fmt: skip
+    add("--compile", action="store_true", help="compile the quantizers' arithmetic (needs a C++ compiler, or Triton)")
     quant = parser.add_argument_group("quantization")
     add = quant.add_argument
     add("--quant", metavar="METHOD", default=None, help=f"quantization-aware training: {', '.join(QUANTIZERS)}")
@@ -107,6 +112,9 @@ def check_options(options: argparse.Namespace) -> None:
         value = getattr(options, flag)
         if value is not None and value < least:
             raise UserError(f"--{flag.replace('_', '-')} {value}: must be at least {least}")
+    training_type(options.precision, select_device(options.device))
+    if options.compile and not (options.quant or options.recipe):
+        raise UserError("--compile compiles the quantizers' arithmetic: it needs --quant")
 
 
 def apply_defaults(options: argparse.Namespace, spec: DatasetSpec) -> None:

@@ -39,19 +39,28 @@ the gradients are of the order of LSQ's, which matters where gradients are clipp
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from quant import kernels
+from quant.blocks import (
+    Buffer,
+    add_up,
+    level,
+    multiply_add,
+    number,
+    pieces_with_step,
+    staircase,
+    total,
+)
+from quant.layouts import dense, same_layout
 from quant.primitives import (
     SMALLEST_STEP,
     Grid,
-    _flat,
-    _same_layout,
     activation_grid,
     step_gradient_scale,
     weight_grid,
@@ -63,9 +72,6 @@ ALPHA_LIMITS = (0.05, 0.5)
 # alpha is low + (high - low) * sigmoid(SLOPE * parameter). With a slope of 1 it would hardly ever move: the sigmoid's
 # derivative, at most 1/4 of a width of 0.45, takes part twice.
 SLOPE = 4.0
-# On a CPU the arithmetic runs in blocks of this many values a thread, whose two temporaries (512 KB each) stay in the
-# second-level cache and are used again. On whole tensors the backward pass takes twice as long.
-BLOCK = 131072
 
 
 @dataclass
@@ -97,6 +103,7 @@ class DSQ(Quantizer):
     D = |upper| + |lower|.
     """
 
+    any_precision = True
     Options = DSQOptions
 
     def __init__(
@@ -184,36 +191,31 @@ class _SoftStaircase(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, lower, upper, alpha_logit, step, zero_point, grid, scale):
-        x = _dense(x)
-        y = torch.empty_like(x)
-        zero = 0 if zero_point is None else _number(zero_point)
-        for divisor, values, out in _blocks(step, x, y):
-            torch.div(values, divisor, out=out).round_().clamp_(grid.qmin - zero, grid.qmax - zero).mul_(divisor)
-        ctx.save_for_backward(x, y, lower, upper, alpha_logit, step, zero_point)
+        x = dense(x)
+        zero = 0 if zero_point is None else zero_point
+        y = staircase(x, step, grid.qmin - zero, grid.qmax - zero)
+        kept = y if y.dtype is torch.float32 else None  # a shortened one is made again
+        ctx.save_for_backward(x, kept, lower, upper, alpha_logit, step, zero_point)
         ctx.grid, ctx.scale = grid, scale
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, gradient):
         x, y, lower, upper, alpha_logit, step, zero_point = ctx.saved_tensors
         grid, learned = ctx.grid, ctx.needs_input_grad[3]
-        low = grid.qmin - (0 if zero_point is None else _number(zero_point))
-        curve = _Curve(_number(_alpha(alpha_logit)), low, grid.levels - 1, lower is not None, learned)
+        low = grid.qmin - (0 if zero_point is None else number(zero_point))
+        curve = _Curve(number(_alpha(alpha_logit)), low, grid.levels - 1, lower is not None, learned)
         if ctx.scale is not None:
             curve.normalise()
-        gradient_x = torch.empty_like(x)
-        blocks = _blocks(step, x, y, _same_layout(gradient, x), gradient_x)
-        parts = zip(*[curve.backward(*block) for block in blocks], strict=True)
-        # Blocks are stretches of the only row, or some rows each.
-        moved, outside, slope, bend = (sum(part) if len(step) == 1 else torch.cat(part) for part in parts)
-        distance = _number(step)
+        gradient_x, moved, outside, slope, bend = curve.apply(step, same_layout(gradient, x), x, y)
+        distance = number(step)
         gradient_upper = (moved - low * distance * outside) / (distance * grid.qmax)
         gradient_lower, gradient_alpha = outside - gradient_upper, curve.alpha_gradient(slope, bend)
         upper_scale = lower_scale = 1.0 / grid.qmax
         alpha_scale = distance
         if ctx.scale is not None:
-            mean = _number(step.mean())  # dividing twice: the square of a step of 1e30 would overflow
+            mean = number(step.mean())  # dividing twice: the square of a step of 1e30 would overflow
             upper_scale, lower_scale = ctx.scale * grid.qmax, ctx.scale
             alpha_scale = distance / mean * (ctx.scale / mean)
         return (
@@ -242,30 +244,54 @@ class _Curve:
         self.gain = self.k / (2 * (1 - alpha))  # dy/dx in the middle of an interval
         self.divisor = 1.0
         self.buffers: list[Tensor] = []
+        self.buffer = Buffer()
 
     def normalise(self) -> None:
         """From now on the gradient of x is divided by the root mean square of dy/dx; the sums stay as they are."""
         self.divisor = (self.gain * (1 - (1 - self.alpha) ** 2 / 3)) ** 0.5
 
-    def backward(self, step: Tensor | float, x: Tensor, y: Tensor, gradient: Tensor, out: Tensor) -> tuple:
+    def apply(self, step: Tensor, gradient: Tensor, x: Tensor, y: Tensor | None) -> tuple:
+        """The gradient of ``x`` and the four sums of ``backward`` for the whole tensor, one each or R."""
+        if kernels.active(step):
+            scale = (self.gain / self.divisor, self.divisor)
+            scale = torch.cat([torch.as_tensor(value, device=x.device).reshape(1) for value in scale])
+            gradient_x, moved, outside, *others = kernels.run(
+                kernels.soft_backward, [gradient, x], step, self.low, self.low + self.intervals, self.k, scale
+            )
+            return gradient_x, moved, outside if self.affine else 0.0, *others
+        gradient_x = torch.empty_like(x)
+        views = pieces_with_step(step, x, x if y is None else y, gradient, gradient_x)
+        parts = [self.backward(*view, remake=y is None) for view in views]
+        return gradient_x, *add_up(parts, step.numel())
+
+    def backward(
+        self, step: Tensor | float, x: Tensor, y: Tensor, gradient: Tensor, out: Tensor, remake: bool = False
+    ) -> tuple:
         """Writes the gradient of ``x`` to ``out``; returns four sums, each a number, a scalar or one a row, (r,).
 
-        They are b and o of the file's top and two for ``alpha_gradient``, all times the gradient.
+        They are b and o of the file's top and two for ``alpha_gradient``, all times the gradient. With ``remake`` what
+        ``y`` holds is not looked at.
         """
+        x, gradient, target, out = x.float(), gradient.float(), out, self.buffer.like(out)
         if not self.buffers:
             self.buffers = [torch.empty_like(x) for _ in range(2)]
         t, soft = (buffer[: len(x)] for buffer in self.buffers)
-        _multiply_add(-self.low, x, 1 / step, t)  # from 0 to the number of intervals inside the range
+        if remake:
+            y = level(x, step, self.low, self.low + self.intervals, soft)
+        moved = total(gradient, y)  # early, while the gradient is in the cache
+        multiply_add(-self.low, x, 1 / step, t)  # from 0 to the number of intervals inside the range
         torch.ops.aten.hardtanh_backward.grad_input(gradient, t, 0, self.intervals, grad_input=out)  # 0 outside
         nothing = x.new_zeros(len(x)) if x.dim() == 2 else 0.0
-        outside = _total(gradient) - _total(out) if self.affine else nothing
-        moved = _total(gradient, y)  # early, while the gradient is in the cache
-        _multiply_add(-self.k / 2, t.frac_(), self.k, t)  # k f
+        outside = total(gradient) - total(out) if self.affine else nothing
+        multiply_add(-self.k / 2, t.frac_(), self.k, t)  # k f
         torch.tanh(t, out=soft)
-        bend = _total(out, soft) if self.learned else nothing
+        bend = total(out, soft) if self.learned else nothing
         torch.ops.aten.tanh_backward.grad_input(out, soft, grad_input=out).mul_(self.gain / self.divisor)
-        slope = _total(out, t) * self.divisor if self.learned else nothing
-        return moved - _total(out, x) * self.divisor, outside, slope, bend
+        slope = total(out, t) * self.divisor if self.learned else nothing
+        moved = moved - total(out, x) * self.divisor
+        if out is not target:
+            target.copy_(out)
+        return moved, outside, slope, bend
 
     def alpha_gradient(self, slope: Tensor | float, bend: Tensor | float) -> Tensor | float:
         """The gradient of alpha over D: ``slope`` sums dy/dx k f, ``bend`` tanh(k f), both times the gradient of y."""
@@ -293,45 +319,3 @@ def _through_sigmoid(logit: Tensor, gradient: Tensor | float) -> Tensor:
     alpha = _alpha(logit)
     gradient = gradient.sum() if isinstance(gradient, Tensor) else gradient
     return (alpha - low) * (high - alpha) / (high - low) * SLOPE * gradient
-
-
-def _dense(x: Tensor) -> Tensor:
-    """``x`` without gaps, in one of the two memory formats whose flat view needs no copy."""
-    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return x if channels_last else x.contiguous()
-
-
-def _blocks(step: Tensor, *tensors: Tensor) -> Iterator[tuple]:
-    """A step and the corresponding views of dense ``tensors`` of one layout, block by block.
-
-    With one step the views are stretches (n,) and the step is what ``_number`` makes of it; with R steps, one for each
-    row of dimension 0, the views are some whole rows (r, K) and the step is (r, 1).
-    """
-    count, rows = tensors[0].numel(), len(step)
-    size = BLOCK * torch.get_num_threads() if step.device.type == "cpu" else max(count, 1)
-    views = [_flat(tensor) for tensor in tensors]
-    if rows == 1:
-        return zip(itertools.repeat(_number(step)), *(view.split(size) for view in views), strict=False)
-    size = max(size * rows // max(count, 1), 1)
-    return zip(*(view.reshape(rows, -1).split(size) for view in (step, *views)), strict=True)
-
-
-def _number(value: Tensor) -> Tensor | float:
-    """A plain number for a single value on a CPU, where it is faster; an accelerator would have to be waited for."""
-    return value.item() if value.numel() == 1 and value.device.type == "cpu" else value
-
-
-def _multiply_add(constant: Tensor | float, x: Tensor, factor: Tensor | float, out: Tensor) -> None:
-    """``out = constant + x * factor`` in one pass."""
-    constant = constant if isinstance(constant, Tensor) else torch.full((), constant, device=x.device)
-    if isinstance(factor, Tensor):
-        torch.addcmul(constant, x, factor, out=out)
-    else:
-        torch.add(constant, x, alpha=factor, out=out)
-
-
-def _total(left: Tensor, right: Tensor | None = None) -> Tensor | float:
-    """Sum of the products with ``right``, or of the values, over the last dimension of (n,) or (r, K)."""
-    if left.dim() == 2:
-        return left.sum(1) if right is None else (left * right).sum(1)
-    return _number(left.sum() if right is None else torch.dot(left, right))

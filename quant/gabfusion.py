@@ -134,10 +134,9 @@ class GABFusion(nn.Module):
             return gain * h + shift_steps * self.snap_step
         if self._strength == 0.0 and self.observer is None:
             return h
-        m, s = self._statistics(h)
+        normalised, m, s = self._normalise(h)
         if self.observer is not None:
             self.observer.append((m.mean(), s.mean()))
-        normalised = (h - m) * (self.deviation / s) + self.mean
         if self.training:
             self._note(s.detach(), normalised.detach())
         # lerp is one pass, and exact at 0 and 1.
@@ -153,11 +152,18 @@ class GABFusion(nn.Module):
             error = (normalised.float().mean(1) - self.mean).abs().mean() / self.deviation
             self.axis_error.copy_(error)
 
-    @staticmethod
-    def _statistics(h: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation over channels, (B, 1, H, W) each, in float32."""
-        variance, mean = torch.var_mean(h.float(), 1, correction=0, keepdim=True)
-        return mean, (variance + STATISTICS_EPSILON).sqrt()
+    def _normalise(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """n(h), and mean and deviation over channels at each location, (B, H, W, 1) each, in float32."""
+        # A layer norm over the last dimension whose gain and shift are s0 and m0: one pass forward and one backward.
+        channels = h.shape[1]
+        normalised, mean, reciprocal = torch.native_layer_norm(
+            h.movedim(1, h.dim() - 1).float(),  # counted from the front, as the ONNX exporter wants it
+            (channels,),
+            self.deviation.expand(channels),
+            self.mean.expand(channels),
+            STATISTICS_EPSILON,
+        )
+        return normalised.movedim(h.dim() - 1, 1), mean, 1 / reciprocal
 
     def constants(self) -> tuple[Tensor, Tensor]:
         """Under ``fold: finetune``: gain s0 / s1, and the shift m0 - mu1 * gain in whole steps of the reader's grid."""

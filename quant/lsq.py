@@ -46,6 +46,8 @@ class LSQ(Quantizer):
     if affine, ``zero_point`` (1,).
     """
 
+    any_precision = True
+
     def __init__(self, bits: int, grid: Grid, scheme: str, channels: int | None = None, paper: bool = False) -> None:
         super().__init__(bits, grid, scheme, channels)
         self.paper = paper
@@ -131,6 +133,8 @@ class FixedGrid(Quantizer):
         bits: 8 gives step 1/255; under ``signed``, where half of the codes lie below zero, 1/127.
         scheme: ``unsigned`` or ``signed``.
     """
+
+    any_precision = True
 
     def __init__(self, bits: int = 8, scheme: str = "unsigned") -> None:
         super().__init__(bits, activation_grid(bits, scheme), scheme)

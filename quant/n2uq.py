@@ -23,7 +23,6 @@ f = m (2**bits - 1) / 2**(bits-1), which gives w' the mean magnitude of a grid w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,11 +30,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from quant import kernels
+from quant.blocks import Buffer, pieces
+from quant.layouts import dense, same_layout
 from quant.lsq import LSQ
 from quant.primitives import (
     SMALLEST_STEP,
     Grid,
-    _flat,
     activation_grid,
     from_codes,
     per_channel,
@@ -55,8 +56,6 @@ THRESHOLD_RATE = 0.1
 # The paper has 2 to 4 bits. Its clip, at 1.5 deviations of Gaussian weights, costs 0.046 of their energy whatever the
 # width; rounding at 5 bits costs 0.003, so above 4 the clip comes from a search.
 ENTROPY_BITS = 4
-# Values per pass on a CPU: 512 KB stay in the L2 cache between the passes.
-CHUNK = 131072
 
 
 # --- the staircase as a table -----------------------------------------------------------------------------------------
@@ -150,12 +149,6 @@ class _Cells:
         return (x * inverse).add_(self.offset).clamp_(1, self.count)
 
 
-def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Corresponding pieces of one-dimensional tensors; the whole of them on an accelerator."""
-    size = CHUNK if tensors[0].device.type == "cpu" else max(tensors[0].numel(), 1)
-    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
-
-
 def _cell_sums(cells: Tensor, gradient: Tensor, count: int) -> Tensor:
     """(count,) sums of ``gradient`` over the values in each cell."""
     if cells.device.type == "cpu":
@@ -164,46 +157,69 @@ def _cell_sums(cells: Tensor, gradient: Tensor, count: int) -> Tensor:
 
 
 class _NonuniformQuantize(torch.autograd.Function):
-    """The staircase forward, the ramp backward (file header). Saved are the cell numbers, tables and parameters.
+    """The staircase forward, the ramp backward (file header). Saved are the cell numbers, tables and parameters, or
+    with compiled kernels x in place of the cell numbers.
 
     In the gradients of the thresholds a value counts as standing at the centre of its cell.
     """
 
     @staticmethod
     def forward(ctx, x, step, scale, start, widths, zero_point, qmin, rate):
-        if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
-            x = x.contiguous()
+        x = dense(x)
         cells = _Cells(Staircase(step, scale, start, widths))
-        values = from_codes(cells.passed(cells.rise_cells).to(x.dtype) + qmin, step, zero_point)
+        ctx.cells, ctx.first, ctx.example = cells, qmin - zero_point, torch.empty_like(x, device="meta")
+        if kernels.active(step, widths.numel()):
+            ctx.save_for_backward(x, None, step, scale, widths, rate)
+            return kernels.run(kernels.thresholds_passed, [x], step, ctx.first, cells.thresholds())[0]
+        values = from_codes(cells.passed(cells.rise_cells).float() + qmin, step, zero_point)
         values[0] = torch.nan
         y = torch.empty_like(x)
         numbers = torch.empty(x.numel(), dtype=torch.int16, device=x.device)
-        for part, number, value in _chunks(_flat(x), numbers, _flat(y)):
-            number.copy_(cells.positions(part))
-            torch.index_select(values, 0, number.int(), out=value)
+        buffer = Buffer()
+        for part, found, out in pieces(x, numbers, y):
+            found.copy_(cells.positions(part.float()))  # int16 first: it makes NaN 0, int32 the smallest integer
+            value = buffer.like(out)
+            torch.index_select(values, 0, found.int(), out=value)
+            if value is not out:
+                out.copy_(value)
         ctx.save_for_backward(numbers, values, step, scale, widths, rate)
-        ctx.cells, ctx.stride = cells, y.stride()
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        numbers, values, step, scale, widths, rate = ctx.saved_tensors
+        kept, values, step, scale, widths, rate = ctx.saved_tensors
         cells = ctx.cells
-        if gradient.stride() != ctx.stride:
-            layout = torch.empty_strided(gradient.shape, ctx.stride, dtype=gradient.dtype, device=gradient.device)
-            gradient = layout.copy_(gradient)
         segment = cells.passed(cells.edge_cells)  # 0 and levels are outside
         slopes = torch.nn.functional.pad(step * scale / widths, (1, 1)).index_select(0, segment)
-        gradient_x = torch.empty_like(gradient)
-        sums = torch.zeros(cells.count + 1, dtype=gradient.dtype, device=gradient.device)
-        for number, upstream, slope in _chunks(numbers, _flat(gradient), _flat(gradient_x)):
-            torch.index_select(slopes, 0, number.int(), out=slope)
-            slope.mul_(upstream)
-            sums += _cell_sums(number, upstream, cells.count + 1)
+        gradient_x, sums = _table_backward(cells, kept, same_layout(gradient, ctx.example), slopes)
+        if values is None:
+            values = (cells.passed(cells.rise_cells) + ctx.first) * step
         by_step = torch.dot(sums[1:], values[1:]) / step * rate
         by_ramp = _ramp_gradients(cells, segment, sums, scale, widths)
         return gradient_x, by_step, *(by * (step * rate * THRESHOLD_RATE) for by in by_ramp), None, None, None
+
+
+def _table_backward(cells: _Cells, kept: Tensor, gradient: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of x, and the sums of ``gradient`` over each cell, piece by piece.
+
+    Args:
+        kept: cell numbers of x, int16, or x itself.
+        slopes: dy/dx in each cell.
+    """
+    gradient_x = torch.empty_like(gradient)
+    sums = torch.zeros(len(slopes), device=gradient.device)
+    buffer = Buffer()
+    for found, upstream, out in pieces(kept, gradient, gradient_x):
+        upstream, slope = upstream.float(), buffer.like(out)
+        if found.is_floating_point():
+            found = cells.positions(found.float()).short()
+        torch.index_select(slopes, 0, found.int(), out=slope)
+        slope.mul_(upstream)
+        if slope is not out:
+            out.copy_(slope)
+        sums += _cell_sums(found, upstream, len(slopes))
+    return gradient_x, sums
 
 
 def _ramp_gradients(cells: _Cells, segment: Tensor, sums: Tensor, scale: Tensor, widths: Tensor) -> tuple[Tensor, ...]:
@@ -254,6 +270,7 @@ class N2UQ(Quantizer):
         paper: the paper's first range [0, 2], not looking at data, and its floor for widths.
     """
 
+    any_precision = True
     Options = N2UQOptions
     ema_copied = ("unit", "zero_point")  # constants of the calibration
 

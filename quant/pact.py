@@ -29,13 +29,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from quant import kernels
+from quant.blocks import Buffer, add_up, inside_gradient, number, pieces, staircase, total
+from quant.layouts import dense, same_layout
 from quant.primitives import (
     SMALLEST_STEP,
     Grid,
-    _host_numbers,
-    _inside_gradient,
-    _same_layout,
     activation_grid,
     from_codes,
     per_channel,
@@ -99,41 +100,51 @@ class _ClippedFakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, upper, lower, step, zero_point, qmin, qmax):
+        x = dense(x)
         if lower is None:  # dy/dupper below is qmin / qmax: 0 unsigned, about -1 for a signed grid
             low, high = upper * (qmin / qmax), upper
-            divisor, code_low, code_high = _host_numbers(x, step, qmin, qmax)
         else:
-            low, high = (qmin - zero_point) * step, (qmax - zero_point) * step
-            divisor, code_low, code_high = _host_numbers(x, step, qmin - zero_point, qmax - zero_point)
+            qmin, qmax = qmin - zero_point, qmax - zero_point
+            low, high = qmin * step, qmax * step
         # The output is not saved: the boundaries say all that the gradients need.
         ctx.save_for_backward(x, low, high)
-        ctx.two_sided, ctx.ratio = lower is not None, qmin / qmax
-        return torch.div(x, divisor).round_().clamp_(code_low, code_high).mul_(divisor)
+        ctx.two_sided, ctx.ratio = lower is not None, 0.0 if lower is not None else qmin / qmax
+        return staircase(x, step, qmin, qmax)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         x, low, high = ctx.saved_tensors
-        gradient = _same_layout(gradient, x)
-        gradient_x = _inside_gradient(gradient, x, low, high)
-        gradient_upper = gradient_lower = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            above = _sum_above(gradient, x, high)
-            gradient_upper = above
-            if ctx.two_sided or ctx.ratio:
-                below = gradient.sum() - gradient_x.sum() - above
-                if ctx.two_sided:
-                    gradient_lower = -below.reshape(1)
-                else:
-                    gradient_upper = above + below * ctx.ratio
-            gradient_upper = gradient_upper.reshape(1)
+        gradient = same_layout(gradient, x)
+        if kernels.active(low):
+            gradient_x, above, below = kernels.run(kernels.clipped_backward, [gradient, x], low, high)
+        else:
+            gradient_x, above, below = _clipped_backward(gradient, x, low, high)
+        gradient_upper = torch.zeros_like(high) + (above if ctx.two_sided else above + below * ctx.ratio)
+        gradient_lower = torch.zeros_like(high) - below if ctx.two_sided else None
         return gradient_x, gradient_upper, gradient_lower, None, None, None, None
 
 
-def _sum_above(gradient: Tensor, x: Tensor, limit: Tensor) -> Tensor:
+def _clipped_backward(
+    gradient: Tensor, x: Tensor, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor | float, Tensor | float]:
+    """What ``kernels.clipped_backward`` computes, piece by piece."""
+    gradient_x, buffer, sums = torch.empty_like(x), Buffer(), []
+    for g, values, out in pieces(gradient, x, gradient_x):
+        g, values, inside = g.float(), values.float(), buffer.like(out)
+        inside_gradient(g, values, number(low), number(high), inside)
+        above = _sum_above(g, values, high)
+        sums.append((above, total(g) - total(inside) - above))
+        if inside is not out:
+            out.copy_(inside)
+    return gradient_x, *add_up(sums, 1)
+
+
+def _sum_above(gradient: Tensor, x: Tensor, limit: Tensor) -> Tensor | float:
     """Sum of ``gradient`` where ``x >= limit`` (one value)."""
     if x.device.type == "cpu":  # one fused pass; it compares with >, so the limit moves down by one float
         just_below = torch.nextafter(limit, torch.full_like(limit, -math.inf)).item()
-        return torch.ops.aten.threshold_backward(gradient, x, just_below).sum()
+        return total(torch.ops.aten.threshold_backward(gradient, x, just_below))
     return (gradient * (x >= limit)).sum()
 
 
@@ -157,6 +168,7 @@ class PACT(Quantizer):
     Parameters are ``alpha`` (1,) and, if affine, ``lower`` (1,): magnitudes, so no update can turn a clip over.
     """
 
+    any_precision = True
     Options = PACTOptions
 
     def __init__(self, bits: int, grid: Grid, scheme: str, options: PACTOptions | None = None) -> None:

@@ -1,12 +1,27 @@
-"""Stateless arithmetic of uniform fake quantization: grids, codes, straight-through gradients. Imports only torch."""
+"""Stateless arithmetic of uniform fake quantization: grids, codes, straight-through gradients."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from quant import kernels
+from quant.blocks import (
+    Buffer,
+    add_up,
+    inside_gradient,
+    level,
+    number,
+    pieces_with_step,
+    staircase,
+    total,
+)
+from quant.layouts import dense, same_layout
 
 # The smallest step a quantizer may use. Steps of real layers lie between 1e-4 (8-bit weights of a weak channel) and 1.
 SMALLEST_STEP = 2.0**-20
@@ -91,19 +106,6 @@ def per_channel(values: Tensor, like: Tensor) -> Tensor:
     return values if values.numel() == 1 else values.reshape(-1, *([1] * (like.dim() - 1)))
 
 
-def _flat(x: Tensor) -> Tensor:
-    """A one-dimensional view of a dense tensor in memory order (no copy for the two usual memory formats)."""
-    if x.dim() == 4 and not x.is_contiguous():
-        x = x.permute(0, 2, 3, 1)
-    return x.reshape(-1)
-
-
-def _same_layout(gradient: Tensor, like: Tensor) -> Tensor:
-    if gradient.stride() == like.stride():
-        return gradient
-    return torch.empty_like(like, memory_format=torch.preserve_format).copy_(gradient)
-
-
 class _UniformFakeQuantize(torch.autograd.Function):
     """Fake quantization whose step and zero point learn by LSQ's gradients.
 
@@ -118,52 +120,48 @@ class _UniformFakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, step, zero_point, qmin, qmax, gradient_scale):
+        x = dense(x)
         low, high = (qmin, qmax) if zero_point is None else (qmin - zero_point, qmax - zero_point)
-        divisor, low, high = _host_numbers(x, step, low, high)
-        y = torch.div(x, divisor).round_()
-        y = y.clamp_(low, high).mul_(divisor)
-        ctx.save_for_backward(x, y, step, zero_point)
+        y = staircase(x, step, low, high)
+        # The convolution behind keeps a float32 y anyway. One that was shortened would spoil y - x: it is made again.
+        ctx.save_for_backward(x, y if y.dtype is torch.float32 else None, step, zero_point)
         ctx.limits = qmin, qmax, gradient_scale
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         x, y, step, zero_point = ctx.saved_tensors
         qmin, qmax, gradient_scale = ctx.limits
-        low, high = (qmin, qmax) if zero_point is None else (qmin - zero_point, qmax - zero_point)
-        gradient = _same_layout(gradient, x)
-        gradient_x = _inside_gradient(gradient, x, low * step, high * step)
-        gradient_step = gradient_zero_point = None
-        if step.numel() == 1:
-            if ctx.needs_input_grad[1]:
-                total = torch.dot(_flat(gradient), _flat(y)) - torch.dot(_flat(gradient_x), _flat(x))
-                gradient_step = (total / step * gradient_scale).reshape(step.shape)
-            if zero_point is not None and ctx.needs_input_grad[2]:
-                outside = gradient.sum() - gradient_x.sum()
-                gradient_zero_point = (-step * outside * gradient_scale).reshape(zero_point.shape)
-        elif ctx.needs_input_grad[1]:
-            dimensions = list(range(1, x.dim()))
-            total = (gradient * y - gradient_x * x).sum(dimensions, keepdim=True)
-            gradient_step = total / step * gradient_scale
-        return gradient_x, gradient_step, gradient_zero_point, None, None, None
+        zero = 0 if zero_point is None else number(zero_point)
+        gradient_x, (by_step, outside) = _uniform_backward(
+            same_layout(gradient, x), x, y, step, qmin - zero, qmax - zero, zero_point is not None
+        )
+        gradient_step = torch.zeros_like(step).reshape(-1) + by_step / number(step.reshape(-1)) * gradient_scale
+        gradient_zero_point = None
+        if zero_point is not None:
+            gradient_zero_point = torch.zeros_like(zero_point) - step.reshape(-1) * outside * gradient_scale
+        return gradient_x, gradient_step.reshape(step.shape), gradient_zero_point, None, None, None
 
 
-def _host_numbers(x: Tensor, step: Tensor, low: Tensor | int, high: Tensor | int) -> tuple:
-    """Plain numbers in place of one-element tensors where reading them is free.
-
-    On a CPU a pass with a plain number is 3 times faster than with a tensor that broadcasts; on an accelerator reading
-    the number would make the host wait.
-    """
-    if x.device.type != "cpu" or step.numel() != 1:
-        return step, low, high
-    return step.item(), *(limit.item() if isinstance(limit, Tensor) else limit for limit in (low, high))
-
-
-def _inside_gradient(gradient: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """``gradient`` where low < x < high, else 0."""
-    if x.device.type == "cpu" and low.numel() == 1:
-        return torch.ops.aten.hardtanh_backward(gradient, x, low.item(), high.item())  # one pass instead of four
-    return gradient * ((x > low) & (x < high))
+def _uniform_backward(
+    gradient: Tensor, x: Tensor, y: Tensor | None, step: Tensor, low: Tensor | float, high: Tensor | float, affine: bool
+) -> tuple[Tensor, Iterator[Tensor | float]]:
+    """The gradient of x, and one or R sums: of dL/ds times s, and of the gradient outside the range if ``affine``."""
+    if kernels.active(step):
+        gradient_x, *sums = kernels.run(kernels.uniform_backward, [gradient, x], step, low, high)
+        return gradient_x, iter(sums)
+    gradient_x, buffer, sums = torch.empty_like(x), Buffer(), []
+    for divisor, g, values, made, out in pieces_with_step(step, gradient, x, x if y is None else y, gradient_x):
+        g, values, inside = g.float(), values.float(), buffer.like(out)
+        if y is None:
+            made = level(values, divisor, low, high, torch.empty_like(values))
+        moved = total(g, made)  # early, while both are in the cache
+        inside_gradient(g, values, low * divisor, high * divisor, inside)
+        sums.append((moved - total(inside, values), total(g) - total(inside) if affine else moved * 0))
+        if inside is not out:
+            out.copy_(inside)
+    return gradient_x, add_up(sums, step.numel())
 
 
 def uniform_fake_quantize(

@@ -76,6 +76,7 @@ class Quantizer(nn.Module):
 
     no_weight_decay = True  # read by utils.optim: decay would pull steps to zero, and steps once turned negative
     Options: type[MethodOptions] = MethodOptions
+    any_precision = False  # whether ``quantize`` takes bfloat16 and float16 and does float32 arithmetic with them
     schemes: tuple[str, ...] = ("affine", "unsigned", "signed")  # of activations, that a recipe may ask for
 
     def __init__(self, bits: int, grid: Grid, scheme: str, channels: int | None = None) -> None:
@@ -126,7 +127,7 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Fake-quantized float32 values of ``x``'s shape."""
+        """Fake-quantized values of ``x`` (float32, or any type under ``any_precision``), of its shape and type."""
         raise NotImplementedError
 
     def current_step(self) -> Tensor:
@@ -138,11 +139,17 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantized values of ``x`` in float32, or ``x`` itself while the quantizer is not ``enabled``."""
+        """Fake-quantized values of ``x``, in its type, or ``x`` itself while the quantizer is not ``enabled``.
+
+        The arithmetic is float32 under autocast too. Its result is shortened to the type of a bfloat16 or float16
+        ``x``, as the convolution behind would do.
+        """
         if not self.enabled:
             return x
         with torch.autocast(x.device.type, enabled=False):
-            return self.quantize(x.float())
+            if self.any_precision:
+                return self.quantize(x)
+            return self.quantize(x.float()).to(x.dtype)
 
     def _apply(self, fn, recurse: bool = True):
         """Moves between devices like any module but keeps float32: a step below 6.1e-5 would be lost in float16."""

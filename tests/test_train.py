@@ -11,6 +11,7 @@ from small_detector import SMALL
 import export
 import train
 import training.trainer
+from quant import kernels
 from quant.calibrate import calibrate
 from quant.fold import fold
 from quant.gabfusion import fusion_nodes
@@ -233,6 +234,19 @@ def test_rectangular_batches_can_be_quantized(both_phases, data, tmp_path):
     assert (folder / "weights" / "best.pt").exists()
 
 
+def test_bfloat16_and_compiled_quantizers_train_as_well(both_phases, data, tmp_path):
+    """The same first epoch within what bfloat16's 8 bits leave; the log names what was compiled."""
+    start = ["--weights", str(both_phases / "weights" / "float_best.pt"), "--data", data, "--quant", "lsq"]
+    losses = {}
+    for name, flags in {"plain": [], "fast": ["--precision", "bfloat16", "--compile"]}.items():
+        folder = run(tmp_path, name, *start, "--gabfusion", "--ada", "--epochs", "1", *flags)
+        (row,) = read_results(folder / "results.csv")
+        losses[name] = [row[f"train/{part}_loss"] for part in ("box", "obj", "cls")]
+    kernels.switch(False)
+    assert losses["fast"] != losses["plain"]
+    assert losses["fast"] == pytest.approx(losses["plain"], rel=0.05)
+
+
 def test_a_finished_run_refuses_to_resume(both_phases):
     with pytest.raises(UserError, match="nothing to resume"):
         train.main(train.parse_arguments(["--resume", str(both_phases / "weights" / "last.pt")]))
@@ -260,6 +274,8 @@ def test_plain_float_training_and_its_files(cfg, data, tmp_path):
         (["--hyp", "nowhere.yaml"], "no such file"),
         (["--float-epochs", "3"], "without it use --epochs"),
         (["--epochs", "-1"], "at least 0"),
+        (["--compile"], "--compile .* needs --quant"),
+        (["--precision", "float16"], "float16 is for CUDA"),
         (["--epochs", "0"], "trains nothing"),
         (["--quant", "lsq", "--float-epochs", "0"], "no float model of these classes"),
     ],

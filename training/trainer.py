@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.yolo import DetectionModel
+from quant.compilation import compile_quantizers
 from quant.gabfusion import fusion_nodes
 from quant.training import QuantizedTraining
 from training.random_state import random_states, restore_random_states
 from training.run import Phase, Run
 from utils.boxes import xywh_to_xyxy
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.devices import training_type
 from utils.ema import ModelEMA
 from utils.errors import UserError
 from utils.hyp import phase_hyp
@@ -54,7 +56,8 @@ class Trainer:
         self._freeze_layers()
         self.ema = ModelEMA(model, self.hyp["ema_decay"], self.hyp["ema_tau"])
         self.optimizer = self._make_optimizer()
-        self.amp = run.device.type == "cuda"
+        self.type = training_type(getattr(options, "precision", "auto"), run.device)
+        self.amp = self.type is torch.float16  # only its gradients need a loss scale
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=self.amp)
         self.stopper = EarlyStopping(options.patience)
         self.best_fitness, self.first_epoch = -1.0, 0
@@ -62,6 +65,8 @@ class Trainer:
         self.quantized: QuantizedTraining | None = None
         if phase.quantized:
             self.quantized = QuantizedTraining(model, self.ema.ema, run.config, teacher, phase.epochs)
+            if getattr(options, "compile", False):
+                compile_quantizers(model, {torch.float32, self.type})
         if start is not None:
             self._load(start)
         self.loss = run.make_loss(model)  # after loading: it copies the anchors, which the float phase may have fitted
@@ -200,7 +205,7 @@ class Trainer:
         features = self.quantized.features if self.quantized else ()
         if self.quantized:
             self.quantized.set_probe(measure)
-        with torch.autocast(device.type, enabled=self.amp):
+        with torch.autocast(device.type, self.type, enabled=self.type is not torch.float32):
             output = self.model(images, features=features)
             raw, maps = output if features else (output, {})
             loss, parts = self.loss(raw, targets)

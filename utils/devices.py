@@ -6,6 +6,8 @@ import torch
 
 from utils.errors import UserError
 
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+
 
 def select_device(device: str = "") -> torch.device:
     """Returns the device a ``--device`` flag names.
@@ -40,6 +42,26 @@ def select_device(device: str = "") -> torch.device:
             f"Use --device cpu{f' or 0 to {count - 1}' if count else ''}"
         )
     return torch.device(f"cuda:{parts[local_rank % len(parts)]}")
+
+
+def training_type(precision: str, device: torch.device) -> torch.dtype:
+    """The type that convolutions are trained in.
+
+    Args:
+        precision: one of ``PRECISIONS``; ``auto`` is float16 on CUDA and float32 elsewhere.
+
+    Raises:
+        UserError: float16 anywhere but on CUDA (its gradients need a loss scale and hardware), or bfloat16 on a GPU
+            without it.
+    """
+    if precision == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    chosen = getattr(torch, precision)
+    if chosen is torch.float16 and device.type != "cuda":
+        raise UserError("--precision float16 is for CUDA; on a CPU take bfloat16 or float32")
+    if chosen is torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError("--precision bfloat16: this GPU does not have it; take float16")
+    return chosen
 
 
 def limit_threads(threads: int | None = None) -> int:

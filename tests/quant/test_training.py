@@ -243,10 +243,10 @@ def test_a_node_whose_branches_are_copies_of_one_tensor_is_named(capsys):
 @pytest.mark.parametrize("axes", [(2, 3), (1, 2, 3), (0,)])
 def test_statistics_over_the_wrong_axis_are_said(axes, capsys):
     class WrongAxis(GABFusion):
-        @staticmethod
-        def _statistics(h):
+        def _normalise(self, h):
             variance, mean = torch.var_mean(h.float(), axes, correction=0, keepdim=True)
-            return mean, (variance + 1e-5).sqrt()
+            deviation = (variance + 1e-5).sqrt()
+            return (h - mean) / deviation * self.deviation + self.mean, mean, deviation
 
     training = companion()
     for node in training.nodes.values():

@@ -1,9 +1,9 @@
-"""The ``--device`` flag."""
+"""The ``--device`` and ``--precision`` flags."""
 
 import pytest
 import torch
 
-from utils.devices import limit_threads, select_device
+from utils.devices import limit_threads, select_device, training_type
 from utils.errors import UserError
 
 
@@ -27,6 +27,14 @@ def test_absent_gpu_is_refused():
 @pytest.mark.parametrize("text", ["0", "cuda:0", "cuda", " 0 "])
 def test_first_gpu(text):
     assert select_device(text) == torch.device("cuda:0")
+
+
+def test_training_type():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda:0")
+    assert training_type("auto", cpu) is training_type("float32", gpu) is torch.float32
+    assert training_type("auto", gpu) is torch.float16 and training_type("bfloat16", cpu) is torch.bfloat16
+    with pytest.raises(UserError, match="--precision float16 is for CUDA"):
+        training_type("float16", cpu)
 
 
 def test_threads():
