@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -21,9 +22,9 @@ import torch
 import yaml
 
 from models.yolo import DetectionModel
-from quant.config import QuantConfig, build_config
+from quant.config import AutoBits, QuantConfig, build_config
 from quant.precision import check_auto_bits
-from quant.prepare import prepare
+from quant.prepare import fusion_readers, prepare
 from quant.registry import QUANTIZERS
 from quant.report import float_bytes, quantized_bytes
 from training.phases import best_model, build_float_model, float_phase, load_teacher, quantized_phase, summarise
@@ -209,7 +210,9 @@ def quantization_of(options: argparse.Namespace, model: DetectionModel) -> Quant
     if options.teacher and not config.needs_teacher:
         raise UserError("--teacher needs --ada or a recipe with distillation: nothing is learned from a teacher else")
     config.check_layers(model.detect.i)
-    prepare(copy.deepcopy(model), config)
+    prepared = prepare(copy.deepcopy(model), dataclasses.replace(config, auto_bits=AutoBits()))
+    if config.gabfusion.enabled and config.gabfusion.fold == "finetune":
+        fusion_readers(prepared)
     check_auto_bits(model, config)
     return config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -40,8 +41,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
             trained on, without augmentation. They all stay in memory.
 
     Raises:
-        UserError: not prepared, no images, images outside the fixed grid.
-        ValueError: values that are not finite (the message names the layer).
+        UserError: not prepared, no images, images outside the fixed grid, values that are not finite (the message names
+            the layer).
     """
     batches = list(batches)
     if not batches or not all(isinstance(batch, Tensor) for batch in batches):
@@ -53,7 +54,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     weight_quantizers = set()
     for name, module in model.named_modules():
         if isinstance(module, QuantConv2d):
-            _initialise(module.weight_quantizer, module.weight, f"{name}.weight")
+            initialise(module.weight_quantizer, module.weight, f"{name}.weight")
             weight_quantizers.add(module.weight_quantizer)
     inputs = {name: q for name, q in quantizers(model).items() if q not in weight_quantizers}
     samplers = {name: InputSampler(len(batches)) for name in inputs}
@@ -69,19 +70,22 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
         values = torch.cat(samplers[name].parts)
         if isinstance(quantizer, FixedGrid):
             _check_image(values)
-        _initialise(quantizer, values, name)
+        initialise(quantizer, values, name)
     model.train(was_training)
 
 
-def _initialise(quantizer: Quantizer, values: Tensor, name: str) -> None:
+def initialise(quantizer: Quantizer, values: Tensor, name: str) -> None:
+    """Sets the range of ``quantizer``, called ``name``; raises UserError if ``values`` are not finite."""
     try:
         quantizer.initialise(values)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise UserError(f"{name}: {error}. Is the float model sound, and are its inputs?") from None
 
 
 def _check_image(values: Tensor) -> None:
     low, high = float(values.min()), float(values.max())
+    if not math.isfinite(low + high):
+        raise UserError("the network's input has values that are not finite: look at how the images are made")
     if low < -1e-3 or high > 1 + 1e-3:
         raise UserError(
             f"the network's input has values from {low:.3g} to {high:.3g}, and its fixed 8-bit grid holds 0 to 1: "

@@ -314,6 +314,11 @@ class QuantConfig:
                     f"{where}: target: tensorrt has no operator for the thresholds of method {self.method}; take "
                     "another method, or target: onnxruntime"
                 )
+            if "signed" not in QUANTIZERS[self.method].schemes:
+                raise UserError(
+                    f"{where}: target: tensorrt has zero points of 0 only, and {self.method} is affine by definition; "
+                    "take lsq or another method"
+                )
             if form.zero_point != 0 or form.grid.qmin >= 0:
                 raise UserError(
                     f"{where}: target: tensorrt needs grids with a sign and zero point 0, and {self.method} makes "
@@ -535,7 +540,7 @@ def build_config(
         values = merge(values, block)
     if recipe:
         changes = read_recipe(recipe)
-        QuantConfig.from_dict(changes, str(recipe))
+        QuantConfig.from_dict(changes if method is None else {**changes, "method": method}, str(recipe))
         changes = {key: _block(value, key) for key, value in changes.items()}
         values = merge(values, changes)
     flags: dict[str, Any] = {}

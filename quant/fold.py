@@ -196,9 +196,8 @@ class IntegerConv2d(nn.Module):
         self.bias_codes = torch.round(bias.double() / self.bias_scale.double()).to(torch.int32)
         self.bias = self.bias_codes.float() * self.bias_scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.input_quantizer is not None:
-            x = self.input_quantizer(x)
+    def forward(self, input: Tensor) -> Tensor:  # torch's name: some call with keywords
+        x = input if self.input_quantizer is None else self.input_quantizer(input)
         x = nn.functional.conv2d(x, self.weight(), self.bias, self.stride, self.padding, self.dilation, self.groups)
         return x if self.output_quantizer is None else self.output_quantizer(x)
 

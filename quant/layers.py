@@ -54,10 +54,9 @@ class QuantConv2d(nn.Conv2d):
         layer.training = conv.training
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # torch's name: some call with keywords
         """(B, I, H, W) -> (B, O, H', W')."""
-        if self.input_quantizer is not None:
-            x = self.input_quantizer(x)
+        x = input if self.input_quantizer is None else self.input_quantizer(input)
         x = self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)
         return x if self.output_quantizer is None else self.output_quantizer(x)
 
@@ -81,6 +80,6 @@ class QuantBatchNorm2d(nn.BatchNorm2d):
         layer.training = norm.training
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        return self.output_quantizer(super().forward(x))
+        return self.output_quantizer(super().forward(input))

@@ -51,6 +51,7 @@ class LSQ(Quantizer):
     def __init__(self, bits: int, grid: Grid, scheme: str, channels: int | None = None, paper: bool = False) -> None:
         super().__init__(bits, grid, scheme, channels)
         self.paper = paper
+        self.keep_output = True  # False for output quantizers: the activation function behind may work in place
         self.step = nn.Parameter(torch.ones(channels or 1))
         self.zero_point = nn.Parameter(torch.zeros(1)) if scheme == "affine" else None
 
@@ -97,7 +98,7 @@ class LSQ(Quantizer):
         count = x.numel() // (self.channels or samples)
         step = per_channel(self.current_step(), x)
         scale = step_gradient_scale(count, self.grid.qmax)
-        return uniform_fake_quantize(x, step, self.integer_zero_point(), self.grid, scale)
+        return uniform_fake_quantize(x, step, self.integer_zero_point(), self.grid, scale, self.keep_output)
 
     @torch.no_grad()
     def integer(self) -> IntegerForm:

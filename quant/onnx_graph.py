@@ -74,8 +74,8 @@ class QuantizerNode:
 class ExportedGraph:
     """An ONNX model and where the network's quantizers went.
 
-    ``codes`` maps the name of each ``ActivationGrid`` module to the integer tensor that stands where its output was
-    (after a concatenation, if the quantizers were moved in front of it).
+    ``codes`` maps each call of an ``ActivationGrid`` module (``call_name``) to the integer tensor that stands where its
+    output was (after a concatenation, if the quantizers were moved in front of it).
     """
 
     model: ModelProto
@@ -169,10 +169,9 @@ class _TracedConvolution(nn.Module):
         self.settings = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
         self.bits, self.multiplier = int(convolution.container_bits), convolution.multiplier
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # torch's name: some call with keywords
         before, after = getattr(self, "input_quantizer", None), getattr(self, "output_quantizer", None)
-        if before is not None:
-            x = before(x)
+        x = input if before is None else before(input)
         weight = _integer_weight(self.weight, self.scale, self.bits, self.multiplier)
         bias = self.bias if self.bias_scale is None else _integer_weight(self.bias, self.bias_scale, 32, 1)
         x = F.conv2d(x, weight, bias, *self.settings)
@@ -301,13 +300,18 @@ def tidy(graph: GraphProto) -> None:
     _redirect(graph, replacements)
 
 
+def call_name(module: str, number: int) -> str:
+    """What call ``number`` (from 1) of a module is known by: its name, then name@2, name@3 on other tensors."""
+    return module if number == 1 else f"{module}@{number}"
+
+
 def split_grids(graph: GraphProto) -> dict[str, str]:
-    """Splits every ActivationGrid into Quantize and Dequantize. Returns module name -> name of its codes.
+    """Splits every ActivationGrid into Quantize and Dequantize. Returns module call -> name of its codes.
 
     Raises:
         UserError: a grid whose codes fit neither in uint8 nor in int8.
     """
-    nodes, codes = [], {}
+    nodes, codes, calls = [], {}, {}
     for node in graph.node:
         if node.op_type != "ActivationGrid":
             nodes.append(node)
@@ -324,7 +328,8 @@ def split_grids(graph: GraphProto) -> dict[str, str]:
                 f"{output_zero_point} do not fit in 8 bits, which is all that an ONNX quantizer can hold"
             )
         name = f"{node.output[0]}.codes"
-        codes.setdefault(module, name)
+        seen = calls.setdefault(module, {})
+        codes.setdefault(call_name(module, seen.setdefault(node.input[0], len(seen) + 1)), name)
         nodes.append(_quantize(node.input[0], name, {**grid, "signed": signed}))
         nodes.append(_dequantize(name, node.output[0], output_step, output_zero_point, signed))
     _write_nodes(graph, nodes)
@@ -641,12 +646,15 @@ def rename(graph: GraphProto) -> dict[str, str]:
             if name and name not in kept:
                 names[name] = f"t{index}" if number == 0 else f"t{index}.{number}"
         node.name = f"{node.op_type}_{index}"
-    made_by = producers(graph.node)
+    made_by, taken = producers(graph.node), {}
     for node in graph.node:
         if node.op_type == "Conv":
             dequantize = made_by.get(node.input[1])
             weight = names[dequantize.input[0] if dequantize is not None else node.input[1]]
             node.name = weight.removesuffix(".weight")
+            taken[node.name] = taken.get(node.name, 0) + 1
+            if taken[node.name] > 1:  # a convolution that runs again, or weights that two share
+                node.name += f".call{taken[node.name]}"
     for node in graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
         node.output[:] = [names.get(name, name) for name in node.output]

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from models.backend import load_network
 from models.yolo import DetectionModel
-from quant.calibrate import InputSampler
+from quant.calibrate import InputSampler, initialise
 from quant.config import BITS, AutoBits, LayerOverride, QuantConfig, build_config
 from quant.prepare import example_input, placed_bits, trace_convolutions
 from quant.quantizer import Quantizer
@@ -125,7 +125,7 @@ class _Probe:
 
     def _count(self, name: str):
         def hook(conv: nn.Conv2d, _inputs, output: Tensor) -> None:
-            self.macs[name] = conv.weight.numel() * output[0, 0].numel()
+            self.macs[name] = self.macs.get(name, 0) + conv.weight.numel() * output[0, 0].numel()  # it may run again
 
         return hook
 
@@ -188,7 +188,7 @@ def _input_quantizers(
         values = torch.cat(samplers[name].parts)
         for b in bits:
             made[name, b] = method.for_activations(b, config.resolved_scheme(), options).to(values.device)
-            _initialise(made[name, b], values, f"input of {name}")
+            initialise(made[name, b], values, f"input of {name}")
     return made
 
 
@@ -202,15 +202,8 @@ def _weight_quantizers(
         channels = weight.shape[0] if config.weight.granularity == "channel" else None
         for b in bits:
             made[name, b] = method.for_weights(b, channels, options).to(weight.device)
-            _initialise(made[name, b], weight, f"{name}.weight")
+            initialise(made[name, b], weight, f"{name}.weight")
     return made
-
-
-def _initialise(quantizer: Quantizer, values: Tensor, name: str) -> None:
-    try:
-        quantizer.initialise(values)
-    except ValueError as error:
-        raise UserError(f"{name}: {error}. Is the float model sound?") from None
 
 
 @torch.no_grad()

@@ -117,8 +117,15 @@ def prepare(model: nn.Module, config: QuantConfig, example: Tensor | None = None
     config.validate("the configuration")
     if any(isinstance(module, QuantConv2d) for module in model.modules()):
         raise UserError("this model is quantized already; start from a float checkpoint")
+    if config.auto_bits.pending:
+        raise UserError(
+            "auto_bits: the bits of the layers are not chosen yet; prepare the model with "
+            "quant.precision.resolve_auto_bits(model, config, batches).config"
+        )
     if example is None:
         example = example_input(model)
+    if not isinstance(example, Tensor):
+        raise UserError(f"example is a {type(example).__name__}: only networks that read one tensor can be quantized")
     readers, names = trace_convolutions(model, example)
     if not names or isinstance(model, nn.Conv2d):
         raise UserError(
@@ -137,8 +144,9 @@ def prepare(model: nn.Module, config: QuantConfig, example: Tensor | None = None
 
 
 def quantizable(conv: nn.Conv2d) -> bool:
-    """Whether ``conv`` is what ``QuantConv2d`` computes: of no derived class, padded with zeros if at all."""
-    return type(conv) is nn.Conv2d and conv.padding_mode == "zeros"
+    """Whether ``conv`` is what ``QuantConv2d`` computes: of no derived class, padded with zeros if at all, and with a
+    weight of its own (under weight norm or pruning it is computed from others)."""
+    return type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and "weight" in conv._parameters
 
 
 def _log_float_layers(model: nn.Module) -> None:
@@ -261,6 +269,7 @@ def insert_output_quantizers(model: nn.Module, bits: int, readers: Readers, norm
         if name in detect or result in readers.results or not isinstance(model.get_submodule(name), QuantConv2d):
             continue
         quantizer = LSQ(bits, activation_grid(bits, "affine"), "affine")
+        quantizer.keep_output = False
         if norm_name is None:
             model.get_submodule(name).output_quantizer = quantizer
         else:
@@ -313,6 +322,11 @@ def insert_fusion(model: nn.Module, config: QuantConfig, example: Tensor) -> Non
             + ("" if fusion.scope == "all" else ", or try gabfusion.scope: all")
         )
     for name, module in points.items():
+        if len(flow.calls[name]) > 1:
+            raise UserError(
+                f"{name}: this {type(module).__name__} runs {len(flow.calls[name])} times, and GABFusion needs one for "
+                "each place with factors and statistics of its own; make a module for each"
+            )
         module.balance = GABFusion(
             len(flow.branches[name]), fusion.balance, fusion.paper, fusion.beta, fusion.eta, fusion.epsilon,
             "add" if isinstance(module, Add) else "concat",
@@ -332,6 +346,9 @@ def check_calibrated(model: nn.Module) -> None:
     missing = [name for name, q in found.items() if not bool(q.initialised) and not isinstance(q, FixedGrid)]
     if missing:
         raise UserError(f"{len(missing)} quantizers have no range yet (first: {missing[0]}): calibrate the model first")
+    broken = [name for name, q in found.items() if not all(bool(torch.isfinite(p).all()) for p in q.parameters())]
+    if broken:
+        raise UserError(f"{broken[0]}: its parameters are not finite, training diverged; lower the learning rate")
 
 
 def penalty(model: nn.Module) -> Tensor:

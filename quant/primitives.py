@@ -119,12 +119,14 @@ class _UniformFakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, step, zero_point, qmin, qmax, gradient_scale):
+    def forward(ctx, x, step, zero_point, qmin, qmax, gradient_scale, keep_output):
         x = dense(x)
         low, high = (qmin, qmax) if zero_point is None else (qmin - zero_point, qmax - zero_point)
         y = staircase(x, step, low, high)
-        # The convolution behind keeps a float32 y anyway. One that was shortened would spoil y - x: it is made again.
-        ctx.save_for_backward(x, y if y.dtype is torch.float32 else None, step, zero_point)
+        # The convolution behind keeps a float32 y anyway. One that was shortened would spoil y - x, and what follows an
+        # output quantizer may overwrite it: it is then made again.
+        keep_output = keep_output and y.dtype is torch.float32 and not kernels.active(step)
+        ctx.save_for_backward(x, y if keep_output else None, step, zero_point)
         ctx.limits = qmin, qmax, gradient_scale
         return y
 
@@ -141,7 +143,7 @@ class _UniformFakeQuantize(torch.autograd.Function):
         gradient_zero_point = None
         if zero_point is not None:
             gradient_zero_point = torch.zeros_like(zero_point) - step.reshape(-1) * outside * gradient_scale
-        return gradient_x, gradient_step.reshape(step.shape), gradient_zero_point, None, None, None
+        return gradient_x, gradient_step.reshape(step.shape), gradient_zero_point, None, None, None, None
 
 
 def _uniform_backward(
@@ -165,7 +167,12 @@ def _uniform_backward(
 
 
 def uniform_fake_quantize(
-    x: Tensor, step: Tensor, zero_point: Tensor | None, grid: Grid, gradient_scale: float = 1.0
+    x: Tensor,
+    step: Tensor,
+    zero_point: Tensor | None,
+    grid: Grid,
+    gradient_scale: float = 1.0,
+    keep_output: bool = True,
 ) -> Tensor:
     """Quantizes ``x`` to ``grid`` and back, with LSQ's gradients for ``x``, ``step`` and ``zero_point``.
 
@@ -175,8 +182,9 @@ def uniform_fake_quantize(
         zero_point: one integer-valued float, or None for 0. Only together with a single step.
         grid: the codes.
         gradient_scale: factor on the gradients of ``step`` and ``zero_point``.
+        keep_output: the result serves the backward pass; False where something may write into it (ReLU in place).
 
     Returns:
         A tensor of ``x``'s shape and dtype whose values are ``(code - zero_point) * step``.
     """
-    return _UniformFakeQuantize.apply(x, step, zero_point, grid.qmin, grid.qmax, gradient_scale)
+    return _UniformFakeQuantize.apply(x, step, zero_point, grid.qmin, grid.qmax, gradient_scale, keep_output)

@@ -116,8 +116,9 @@ class Quantizer(nn.Module):
         Raises:
             ValueError: ``x`` is empty or not finite.
         """
-        if x.numel() == 0 or not bool(torch.isfinite(x).all()):
-            raise ValueError(f"cannot set a quantization range from {x.numel()} values, all finite: no")
+        finite = int(torch.isfinite(x).sum())
+        if finite < max(x.numel(), 1):
+            raise ValueError(f"cannot set a quantization range from {x.numel()} values of which {finite} are finite")
         with torch.no_grad():
             self.set_range(x.detach().float())
         self.initialised.fill_(True)

@@ -187,14 +187,22 @@ class _Watch:
         self.inputs: dict[Quantizer, _Tally] = {}
         self.outputs: dict[str, _Tally] = {}
         self.read: dict[str, Quantizer] = {}
-        self.macs: dict[str, int] = {}
-        self._handles = []
+        self.operations: dict[str, int] = {}  # multiply-accumulates of all images
+        self.images = 0
+        self._handles = [model.register_forward_pre_hook(self._on_images)]
         weights = {conv.weight_quantizer for conv in model.modules() if isinstance(conv, QuantConv2d)}
         for name, module in model.named_modules():
             if isinstance(module, Quantizer) and module not in weights:
                 self._handles.append(module.register_forward_hook(self._on_quantizer))
             elif isinstance(module, QuantConv2d):
                 self._handles.append(module.register_forward_hook(self._on_convolution(name)))
+
+    def _on_images(self, _model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.images += len(inputs[0])
+
+    def macs(self, name: str) -> int | None:
+        """Multiply-accumulates of one convolution for one image; None if no image was seen."""
+        return self.operations[name] // self.images if name in self.operations else None
 
     def _on_quantizer(self, quantizer: Quantizer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x = inputs[0].float()
@@ -217,7 +225,8 @@ class _Watch:
                 self.read[name] = quantizer
             exact = conv._conv_forward(x.to(conv.weight.dtype), conv.weight, conv.bias)
             self.outputs.setdefault(name, _Tally()).add(exact, output)
-            self.macs[name] = conv.weight.numel() * output[0, 0].numel()
+            # A convolution may run several times for an image, and many images pass.
+            self.operations[name] = self.operations.get(name, 0) + conv.weight.numel() * output[:, 0].numel()
 
         return hook
 
@@ -261,7 +270,7 @@ def _report(model: nn.Module, name: str, conv: QuantConv2d, watch: _Watch, seen:
     form = quantizer.integer() if quantizer else None
     inputs = watch.inputs.get(quantizer) if seen else None
     outputs = watch.outputs.get(name) if seen else None
-    bits, macs = conv.weight_quantizer.bits, watch.macs.get(name)
+    bits, macs = conv.weight_quantizer.bits, watch.macs(name)
     return LayerReport(
         name=name,
         weight_bits=bits,

@@ -53,22 +53,23 @@ def trace_readers(model: nn.Module, example: Tensor, outputs: Iterable[str] = ()
     handles = []
 
     def note(table: dict[str, int], name: str, of_output: bool):
-        def hook(_module, inputs, output=None) -> None:
-            tensor = output if of_output else inputs[0]
+        def hook(_module, inputs, keywords, output=None) -> None:
+            tensor = output if of_output else (*inputs, *keywords.values())[0]
             alive.append(tensor)
-            table[name] = id(tensor)
+            # What reads one tensor first and another one later shares neither's grid: a number of its own.
+            table[name] = id(tensor) if table.get(name, id(tensor)) == id(tensor) else -len(alive)
 
         return hook
 
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
-            handles.append(module.register_forward_pre_hook(note(found.convolutions, name, False)))
+            handles.append(module.register_forward_pre_hook(note(found.convolutions, name, False), with_kwargs=True))
         elif isinstance(module, nn.BatchNorm2d):
-            handles.append(module.register_forward_pre_hook(note(found.norms, name, False)))
+            handles.append(module.register_forward_pre_hook(note(found.norms, name, False), with_kwargs=True))
         elif has_input_slot(module):
-            handles.append(module.register_forward_pre_hook(note(found.slots, name, False)))
+            handles.append(module.register_forward_pre_hook(note(found.slots, name, False), with_kwargs=True))
         if name in outputs:
-            handles.append(module.register_forward_hook(note(found.outputs, name, True)))
+            handles.append(module.register_forward_hook(note(found.outputs, name, True), with_kwargs=True))
     with _evaluating(model, handles):
         alive.append(model(example))
     found.results = {id(tensor) for tensor in _tensors(alive[-1])}
@@ -166,7 +167,8 @@ def trace_flow(model: nn.Module, example: Tensor) -> Flow:
     handles = []
 
     def enter(name: str):
-        def hook(_module, inputs) -> None:
+        def hook(_module, inputs, keywords) -> None:
+            inputs = (*inputs, *keywords.values())
             running.append(name)
             alive.append(inputs)
             flow.calls.setdefault(name, []).extend(id(value) for value in inputs[:1])
@@ -177,7 +179,8 @@ def trace_flow(model: nn.Module, example: Tensor) -> Flow:
         return hook
 
     def leave(name: str):
-        def hook(module, inputs, output) -> None:
+        def hook(module, inputs, keywords, output) -> None:
+            inputs = (*inputs, *keywords.values())
             running.pop()
             alive.append(output)
             flow.outputs[name] = id(output)
@@ -188,7 +191,8 @@ def trace_flow(model: nn.Module, example: Tensor) -> Flow:
         return hook
 
     for name, module in model.named_modules():
-        handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave(name))]
+        handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(leave(name), with_kwargs=True))
     with _evaluating(model, handles), _NoteReads(flow, running, alive):
         alive.append(model(example))
     flow.results = {id(tensor) for tensor in _tensors(alive[-1])}

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from models.backend import open_session
 from quant.fold import ActivationGrid
-from quant.onnx_graph import INPUT_NAME, OUTPUT_NAME, ExportedGraph
+from quant.onnx_graph import INPUT_NAME, OUTPUT_NAME, ExportedGraph, call_name
 
 QUANTIZER_TOLERANCE = 1e-5
 LAYER_TOLERANCE = 1e-5
@@ -72,7 +72,7 @@ class Reference:
     Attributes:
         batch: the image (B, 3, H, W), repeated as often as the file takes images.
         decoded: the folded network's output (B, N, 5 + classes).
-        codes: name of each ``ActivationGrid`` -> its codes.
+        codes: each call of an ``ActivationGrid`` -> its codes.
         trained: the output of the network before folding, or None.
     """
 
@@ -137,11 +137,24 @@ def _session_with(model: ModelProto, tensors: Sequence[str]):
 
 @contextmanager
 def _watched(model: nn.Module, watch: Callable[[str, ActivationGrid, Tensor], Tensor | None]) -> Iterator[None]:
-    """While open, ``watch(name, grid, input)`` sees every grid's input and may replace its output."""
-    hooks = []
+    """While open, ``watch(call, grid, input)`` sees every grid's input and may replace its output; for one forward pass
+    of ``model``."""
+    hooks, alive = [], []
+
+    def hook(name: str):
+        calls: dict[int, int] = {}
+
+        def seen(grid: ActivationGrid, inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor | None:
+            alive.append(inputs[0])  # an identity is only unique while its tensor exists
+            # Two convolutions that share a grid and a tensor quantize it twice: one call.
+            number = calls.setdefault(id(inputs[0]), len(calls) + 1)
+            return watch(call_name(name, number), grid, inputs[0])
+
+        return seen
+
     for name, module in model.named_modules():
         if isinstance(module, ActivationGrid):
-            hooks.append(module.register_forward_hook(lambda grid, inputs, _, name=name: watch(name, grid, inputs[0])))
+            hooks.append(module.register_forward_hook(hook(name)))
     try:
         yield
     finally:
@@ -164,7 +177,7 @@ def _check_layers(
     result: Verification, model: nn.Module, exported: ExportedGraph, image: Tensor, tensors: dict
 ) -> None:
     def watch(name: str, grid: ActivationGrid, x: Tensor) -> Tensor:
-        codes = torch.from_numpy(tensors[exported.codes[name]])
+        codes = torch.from_numpy(tensors[exported.codes.get(name) or exported.codes[name.split("@")[0]]])
         largest = max(1.0, float(x.abs().max() / grid.step))
         result.layers.add(name, grid, x, codes, LAYER_TOLERANCE * largest)
         return (codes.float() - grid.output_zero_point) * grid.output_step

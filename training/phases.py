@@ -156,10 +156,7 @@ def quantized_phase(
     calibrated, reported = None, None
     if resume is None:
         started = time.perf_counter()
-        try:
-            calibrate(model, batches)
-        except ValueError as error:
-            raise UserError(f"calibration: {error}. Is the float model sound?") from None
+        calibrate(model, batches)
         seconds = time.perf_counter() - started
         LOGGER.info(f"Calibrated on {run.config.calibration.images} images in {seconds:.1f} s. Noisiest layers:")
         reported = report_layers(run, model, batches)

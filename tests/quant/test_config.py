@@ -102,3 +102,11 @@ def test_hyperparameter_files(tmp_path):
     own.write_text("lr0: fast\n")
     with pytest.raises(UserError, match="'fast' is not a number"):
         load_hyp(own)
+
+
+def test_options_of_a_recipe_belong_to_the_method_of_the_flag(tmp_path):
+    file = tmp_path / "penalty.yaml"
+    file.write_text("options: {penalty: 0, weights: dorefa}\n")
+    assert build_config("pact", recipe=file).options == {"penalty": 0, "weights": "dorefa"}
+    with pytest.raises(UserError, match=r"penalty.yaml: unknown key 'options.penalty'"):
+        build_config(recipe=file)
