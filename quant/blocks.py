@@ -23,29 +23,34 @@ BLOCK = 131072
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Corresponding one-dimensional views of dense tensors of one layout, piece by piece."""
-    count = tensors[0].numel()
-    size = BLOCK * torch.get_num_threads() if tensors[0].device.type == "cpu" else max(count, 1)
-    return zip(*(flat(tensor).split(size) for tensor in tensors), strict=True)
+    views = [flat(tensor) for tensor in tensors]
+    count, size = views[0].numel(), BLOCK * torch.get_num_threads()
+    if count <= size or tensors[0].device.type != "cpu":
+        return iter([tuple(views)])
+    return zip(*(view.split(size) for view in views), strict=True)
 
 
-def pieces_with_step(step: Tensor, *tensors: Tensor) -> Iterator[tuple]:
+def pieces_with_step(step: Tensor | float, *tensors: Tensor) -> Iterator[tuple]:
     """A step and the corresponding views of dense ``tensors`` of one layout, piece by piece.
 
     With one step the views are stretches (n,) and the step is what ``number`` makes of it; with R steps, one for each
     row of dimension 0, the views are some whole rows (r, K) and the step is (r, 1).
     """
-    count, rows = tensors[0].numel(), step.numel()
+    rows = step.numel() if isinstance(step, Tensor) else 1
     if rows == 1:
         value = number(step)
         return ((value, *views) for views in pieces(*tensors))
-    size = BLOCK * torch.get_num_threads() if step.device.type == "cpu" else max(count, 1)
-    size = max(size * rows // max(count, 1), 1)
-    return zip(*(flat(view).reshape(rows, -1).split(size) for view in (step, *tensors)), strict=True)
+    views = [flat(tensor).reshape(rows, -1) for tensor in (step, *tensors)]
+    count, size = tensors[0].numel(), BLOCK * torch.get_num_threads()
+    if count <= size or step.device.type != "cpu":
+        return iter([tuple(views)])
+    return zip(*(view.split(max(size * rows // count, 1)) for view in views), strict=True)
 
 
-def number(value: Tensor) -> Tensor | float:
+def number(value: Tensor | float) -> Tensor | float:
     """A plain number for a single value on a CPU, where a pass with it is three times faster; else the tensor."""
-    return value.item() if value.numel() == 1 and value.device.type == "cpu" else value
+    single = isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu"
+    return value.item() if single else value
 
 
 def multiply_add(constant: Tensor | float, x: Tensor, factor: Tensor | float, out: Tensor) -> None:
@@ -64,12 +69,19 @@ def total(left: Tensor, right: Tensor | None = None) -> Tensor | float:
     return number(left.sum() if right is None else torch.dot(left, right))
 
 
+def difference(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor | float:
+    """Sum of a * b - c * d over the last dimension of (n,) or (r, K)."""
+    if a.dim() == 2:
+        return torch.mul(a, b).addcmul_(c, d, value=-1).sum(1)
+    return total(a, b) - total(c, d)
+
+
 def add_up(parts: list[tuple], rows: int) -> Iterator[Tensor | float]:
     """Sums of pieces for the whole tensor: pieces are stretches of the only row, or some rows each."""
     return (sum(column) if rows == 1 else torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def staircase(x: Tensor, step: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
+def staircase(x: Tensor, step: Tensor | float, low: Tensor | float, high: Tensor | float) -> Tensor:
     """``step * clip(round(x / step), low, high)`` of a dense ``x``, in its type, with float32 in between.
 
     Args:
@@ -80,7 +92,7 @@ def staircase(x: Tensor, step: Tensor, low: Tensor | int, high: Tensor | int) ->
     if kernels.active(step):
         return kernels.run(kernels.staircase, [x], step, low, high)[0]
     y = torch.empty_like(x)
-    low, high = (number(limit) if isinstance(limit, Tensor) else limit for limit in (low, high))
+    low, high = number(low), number(high)
     for divisor, values, out in pieces_with_step(step, x, y):
         level(values, divisor, low, high, out)
     return y

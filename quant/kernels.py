@@ -23,9 +23,9 @@ MOST_THRESHOLDS = 15
 _on = False
 
 
-def active(steps: Tensor, thresholds: int = 0) -> bool:
+def active(steps: Tensor | float, thresholds: int = 0) -> bool:
     """Whether compiled kernels are to be used: only for a single step, and for few thresholds."""
-    return _on and steps.numel() == 1 and thresholds <= MOST_THRESHOLDS
+    return _on and (not isinstance(steps, Tensor) or steps.numel() == 1) and thresholds <= MOST_THRESHOLDS
 
 
 def switch(on: bool) -> None:

@@ -29,10 +29,9 @@ from quant.primitives import (
     SMALLEST_STEP,
     Grid,
     activation_grid,
-    per_channel,
-    round_ste,
     step_gradient_scale,
     uniform_fake_quantize,
+    usable_zero_point,
     weight_grid,
 )
 from quant.quantizer import IntegerForm, MethodOptions, Quantizer
@@ -71,14 +70,6 @@ class LSQ(Quantizer):
         """The step in use: magnitude of the parameter, never under ``SMALLEST_STEP``, so no update can turn it over."""
         return self.step.abs().clamp_min(SMALLEST_STEP)
 
-    def integer_zero_point(self) -> Tensor | None:
-        """The zero point in use, rounded and inside the grid, with a straight-through gradient; None if it is 0."""
-        if self.zero_point is None:
-            return None
-        # Straight through the limits too: at 2 bit the best zero point is often 0, where a clamp would hold it.
-        limited = self.zero_point.detach().clamp(self.grid.qmin, self.grid.qmax)
-        return round_ste(self.zero_point + (limited - self.zero_point).detach())
-
     def set_range(self, x: Tensor) -> None:
         if self.scheme == "affine":
             step, zero_point = search_affine_range(x, self.grid)
@@ -96,16 +87,14 @@ class LSQ(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         samples = 1 if self.channels else max(x.shape[0], 1)
         count = x.numel() // (self.channels or samples)
-        step = per_channel(self.current_step(), x)
         scale = step_gradient_scale(count, self.grid.qmax)
-        return uniform_fake_quantize(x, step, self.integer_zero_point(), self.grid, scale, self.keep_output)
+        return uniform_fake_quantize(x, self.step, self.zero_point, self.grid, scale, self.keep_output)
 
     @torch.no_grad()
     def integer(self) -> IntegerForm:
-        zero_point = self.integer_zero_point()
         return IntegerForm(
             step=self.current_step().detach().clone(),
-            zero_point=0 if zero_point is None else round(float(zero_point)),
+            zero_point=int(usable_zero_point(self.zero_point, self.grid)),
             grid=self.grid,
         )
 

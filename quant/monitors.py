@@ -162,13 +162,18 @@ class Monitors:
         found = quantizers(self.model)
         names = [name for name in first_steps if found[name].channels is None and not name.endswith("weight_quantizer")]
         steps = torch.stack([first_steps[name] for name in names]).tolist() if names else []
-        for name, step in zip(names, steps, strict=True):
-            if bool(found[name].initialised) and step < CONSTANT_STEP:
-                self.warn(
-                    f"{name} constant",
-                    f"{name}: its range was set from values that do not vary (step {step:.1e}). Calibrate on images of "
-                    "the task, or look for a dead layer in the float model",
-                )
+        constant = [
+            f"{name} (step {step:.1e})"
+            for name, step in zip(names, steps, strict=True)
+            if step < CONSTANT_STEP and bool(found[name].initialised)
+        ]
+        if constant:
+            more = f" and {len(constant) - 3} more" if len(constant) > 3 else ""
+            self.warn(
+                "constant",
+                f"{', '.join(constant[:3])}{more}: range set from values that do not vary. Calibrate on images of the "
+                "task, or look for dead layers in the float model",
+            )
 
     def check_objectness(self, largest: float) -> None:
         """``largest``: the largest objectness of a batch, 0 to 1."""

@@ -14,6 +14,7 @@ from quant import kernels
 from quant.blocks import (
     Buffer,
     add_up,
+    difference,
     inside_gradient,
     level,
     number,
@@ -119,51 +120,84 @@ class _UniformFakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, step, zero_point, qmin, qmax, gradient_scale, keep_output):
+    def forward(ctx, x, step, zero_point, grid, gradient_scale, keep_output):
         x = dense(x)
-        low, high = (qmin, qmax) if zero_point is None else (qmin - zero_point, qmax - zero_point)
-        y = staircase(x, step, low, high)
+        divisor, zero = usable_step(step), usable_zero_point(zero_point, grid)
+        ctx.low, ctx.high, ctx.divisor, ctx.scale = grid.qmin - zero, grid.qmax - zero, divisor, gradient_scale
+        y = staircase(x, divisor, ctx.low, ctx.high)
         # The convolution behind keeps a float32 y anyway. One that was shortened would spoil y - x, and what follows an
         # output quantizer may overwrite it: it is then made again.
-        keep_output = keep_output and y.dtype is torch.float32 and not kernels.active(step)
+        keep_output = keep_output and y.dtype is torch.float32 and not kernels.active(divisor)
         ctx.save_for_backward(x, y if keep_output else None, step, zero_point)
-        ctx.limits = qmin, qmax, gradient_scale
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         x, y, step, zero_point = ctx.saved_tensors
-        qmin, qmax, gradient_scale = ctx.limits
-        zero = 0 if zero_point is None else number(zero_point)
+        divisor, affine = ctx.divisor, zero_point is not None
         gradient_x, (by_step, outside) = _uniform_backward(
-            same_layout(gradient, x), x, y, step, qmin - zero, qmax - zero, zero_point is not None
+            same_layout(gradient, x), x, y, divisor, ctx.low, ctx.high, affine
         )
-        gradient_step = torch.zeros_like(step).reshape(-1) + by_step / number(step.reshape(-1)) * gradient_scale
+        gradient_step = _through_magnitude(by_step / divisor * ctx.scale, step)
         gradient_zero_point = None
-        if zero_point is not None:
-            gradient_zero_point = torch.zeros_like(zero_point) - step.reshape(-1) * outside * gradient_scale
-        return gradient_x, gradient_step.reshape(step.shape), gradient_zero_point, None, None, None, None
+        if affine:
+            moved = -divisor * outside * ctx.scale
+            gradient_zero_point = (
+                moved.reshape(zero_point.shape) if isinstance(moved, Tensor) else torch.full_like(zero_point, moved)
+            )
+        return gradient_x, gradient_step, gradient_zero_point, None, None, None
+
+
+def _through_magnitude(gradient: Tensor | float, step: Tensor) -> Tensor:
+    """The gradient of ``step`` from that of ``usable_step``: its sign, or nothing under the floor."""
+    if isinstance(gradient, Tensor):
+        return gradient.reshape(step.shape) * step.sign() * (step.abs() >= SMALLEST_STEP)
+    value = step.item()
+    return torch.full_like(step, math.copysign(1.0, value) * gradient if abs(value) >= SMALLEST_STEP else 0.0)
+
+
+def usable_step(step: Tensor) -> Tensor | float:
+    """The magnitude of ``step``, never under ``SMALLEST_STEP``, so that no update can turn it over."""
+    step = number(step)
+    if isinstance(step, Tensor):
+        return step.abs().clamp_min(SMALLEST_STEP)
+    return step if step != step else max(abs(step), SMALLEST_STEP)  # NaN stays
+
+
+def usable_zero_point(zero_point: Tensor | None, grid: Grid) -> Tensor | float:
+    """``zero_point`` rounded and inside ``grid``, or 0 for None."""
+    zero_point = 0 if zero_point is None else number(zero_point)
+    if isinstance(zero_point, Tensor):
+        return zero_point.clamp(grid.qmin, grid.qmax).round()
+    return float(round(min(max(zero_point, grid.qmin), grid.qmax))) if zero_point == zero_point else zero_point
 
 
 def _uniform_backward(
-    gradient: Tensor, x: Tensor, y: Tensor | None, step: Tensor, low: Tensor | float, high: Tensor | float, affine: bool
+    gradient: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    step: Tensor | float,
+    low: Tensor | float,
+    high: Tensor | float,
+    affine: bool,
 ) -> tuple[Tensor, Iterator[Tensor | float]]:
-    """The gradient of x, and one or R sums: of dL/ds times s, and of the gradient outside the range if ``affine``."""
+    """The gradient of x, and one or R sums: of dL/ds times s, and of the gradient outside the range if ``affine`` (else
+    anything)."""
     if kernels.active(step):
         gradient_x, *sums = kernels.run(kernels.uniform_backward, [gradient, x], step, low, high)
-        return gradient_x, iter(sums)
+        return gradient_x, (number(value) for value in sums)
     gradient_x, buffer, sums = torch.empty_like(x), Buffer(), []
     for divisor, g, values, made, out in pieces_with_step(step, gradient, x, x if y is None else y, gradient_x):
         g, values, inside = g.float(), values.float(), buffer.like(out)
         if y is None:
             made = level(values, divisor, low, high, torch.empty_like(values))
-        moved = total(g, made)  # early, while both are in the cache
         inside_gradient(g, values, low * divisor, high * divisor, inside)
-        sums.append((moved - total(inside, values), total(g) - total(inside) if affine else moved * 0))
+        by_step = difference(g, made, inside, values)
+        sums.append((by_step, total(g) - total(inside) if affine else by_step))
         if inside is not out:
             out.copy_(inside)
-    return gradient_x, add_up(sums, step.numel())
+    return gradient_x, add_up(sums, step.numel() if isinstance(step, Tensor) else 1)
 
 
 def uniform_fake_quantize(
@@ -178,8 +212,9 @@ def uniform_fake_quantize(
 
     Args:
         x: values of any shape.
-        step: positive, one value or shaped to broadcast along dimension 0 (``per_channel``).
-        zero_point: one integer-valued float, or None for 0. Only together with a single step.
+        step: one value, or one for each row of dimension 0. Its magnitude is used, at least ``SMALLEST_STEP``.
+        zero_point: one value, or None for 0. It is rounded and limited to the grid, with a gradient straight through
+            both: at 2 bit the best zero point is often 0, where a clamp would hold it. Only with a single step.
         grid: the codes.
         gradient_scale: factor on the gradients of ``step`` and ``zero_point``.
         keep_output: the result serves the backward pass; False where something may write into it (ReLU in place).
@@ -187,4 +222,4 @@ def uniform_fake_quantize(
     Returns:
         A tensor of ``x``'s shape and dtype whose values are ``(code - zero_point) * step``.
     """
-    return _UniformFakeQuantize.apply(x, step, zero_point, grid.qmin, grid.qmax, gradient_scale, keep_output)
+    return _UniformFakeQuantize.apply(x, step, zero_point, grid, gradient_scale, keep_output)
