@@ -129,6 +129,7 @@ class FixedGrid(Quantizer):
     def __init__(self, bits: int = 8, scheme: str = "unsigned") -> None:
         super().__init__(bits, activation_grid(bits, scheme), scheme)
         self.register_buffer("step", torch.tensor([1.0 / self.grid.qmax]))
+        self.ready = True  # nothing to calibrate
 
     def set_range(self, x: Tensor) -> None:
         pass

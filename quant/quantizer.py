@@ -1,4 +1,4 @@
-"""What every quantizer is: the contract between a method's file and the rest of ``quant``. Imports only torch."""
+"""What every quantizer is: the contract between a method's file and the rest of ``quant``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.primitives import Grid, activation_grid, from_codes, per_channel, to_codes, to_odd_codes, weight_grid
+from utils.log import LOGGER
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Quantizer(nn.Module):
 
     no_weight_decay = True  # read by utils.optim: decay would pull steps to zero, and steps once turned negative
     Options: type[MethodOptions] = MethodOptions
+    _warned = False  # once in a process is enough
     any_precision = False  # whether ``quantize`` takes bfloat16 and float16 and does float32 arithmetic with them
     schemes: tuple[str, ...] = ("affine", "unsigned", "signed")  # of activations, that a recipe may ask for
 
@@ -83,6 +85,7 @@ class Quantizer(nn.Module):
         super().__init__()
         self.bits, self.grid, self.scheme, self.channels = bits, grid, scheme, channels
         self.enabled = True
+        self.ready = False  # ``initialised`` on the host: reading the buffer would make it wait for the device
         # Saved, so that a checkpoint of an uncalibrated model is recognised.
         self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
 
@@ -122,6 +125,7 @@ class Quantizer(nn.Module):
         with torch.no_grad():
             self.set_range(x.detach().float())
         self.initialised.fill_(True)
+        self.ready = True
 
     def set_range(self, x: Tensor) -> None:
         """Sets the parameters from finite float32 values ``x``."""
@@ -147,10 +151,24 @@ class Quantizer(nn.Module):
         """
         if not self.enabled:
             return x
+        if not self.ready:
+            self._warn()
         with torch.autocast(x.device.type, enabled=False):
             if self.any_precision:
                 return self.quantize(x)
             return self.quantize(x.float()).to(x.dtype)
+
+    def _warn(self) -> None:
+        if not Quantizer._warned:
+            Quantizer._warned = True
+            LOGGER.warning(
+                "WARNING: a quantizer without a range is in use: its step is 1 whatever the values are. Call "
+                "quant.calibrate(model, batches) after prepare, or load a state_dict"
+            )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.ready = self.ready or bool(self.initialised)
 
     def _apply(self, fn, recurse: bool = True):
         """Moves between devices like any module but keeps float32: a step below 6.1e-5 would be lost in float16."""

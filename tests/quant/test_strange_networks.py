@@ -9,6 +9,7 @@ from torch import nn
 from quant import Concat, QuantConfig, UserError, build_config, calibrate, export_onnx, fold, prepare
 from quant.layers import QuantConv2d
 from quant.lsq import FixedGrid
+from quant.quantizer import Quantizer
 from quant.registry import QUANTIZERS
 from quant.report import layer_reports
 
@@ -190,3 +191,20 @@ def test_a_halved_network_runs(dtype):
     halved = model.to(dtype)
     assert halved[3].input_quantizer.step.dtype is torch.float32
     torch.testing.assert_close(halved(images.to(dtype)).float(), expected, rtol=0.1, atol=0.1)
+
+
+def test_training_without_calibration_is_said_once(monkeypatch, capsys):
+    monkeypatch.setattr(Quantizer, "_warned", False)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    images = torch.rand(2, 3, 8, 8)
+    prepare(model, build_config("lsq", 4), images)
+    model(images)
+    model(images)
+    assert capsys.readouterr().out.count("Call quant.calibrate(model, batches)") == 1
+    monkeypatch.setattr(Quantizer, "_warned", False)
+    calibrate(model, [images])
+    model(images)
+    restored = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    prepare(restored, build_config("lsq", 4), images).load_state_dict(model.state_dict())
+    restored(images)
+    assert "calibrate" not in capsys.readouterr().out
