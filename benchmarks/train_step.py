@@ -221,7 +221,8 @@ def report(
     options: argparse.Namespace, rows: dict[str, Variant], seconds: dict[str, float], grown: dict[str, int]
 ) -> None:
     """Prints the table and puts it into docs/results.md."""
-    title = f"{Path(options.cfg).stem}, {options.imgsz} px, batch {options.batch_size}"
+    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+    title = f"{Path(options.cfg).stem}, {options.imgsz} px, batch {options.batch_size}, {threads}"
     command = f"python benchmarks/train_step.py --cfg {options.cfg} --imgsz {options.imgsz}"
     command += f" --batch-size {options.batch_size} --rounds {options.rounds} --precision {' '.join(options.precision)}"
     lines = [f"## Training step: {title}", "", f"`{command}`", "", f"{date.today().isoformat()}, {machine()}."]
@@ -237,7 +238,7 @@ def report(
             f"{seconds[name] / seconds[alike]:.2f} | {room} |"
         )
     print("\n".join(lines))
-    write_section(f"train_step {Path(options.cfg).stem} {options.imgsz}", lines)
+    write_section(f"train_step {Path(options.cfg).stem} {options.imgsz} {threads}", lines)
 
 
 if __name__ == "__main__":
