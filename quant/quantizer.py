@@ -151,7 +151,7 @@ class Quantizer(nn.Module):
         """
         if not self.enabled:
             return x
-        if not self.ready:
+        if self.training and not self.ready:  # a trace in eval mode may pass before the calibration
             self._warn()
         with torch.autocast(x.device.type, enabled=False):
             if self.any_precision:

@@ -198,7 +198,9 @@ def test_training_without_calibration_is_said_once(monkeypatch, capsys):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
     images = torch.rand(2, 3, 8, 8)
     prepare(model, build_config("lsq", 4), images)
-    model(images)
+    model.eval()(images)
+    assert "calibrate" not in capsys.readouterr().out
+    model.train()(images)
     model(images)
     assert capsys.readouterr().out.count("Call quant.calibrate(model, batches)") == 1
     monkeypatch.setattr(Quantizer, "_warned", False)
