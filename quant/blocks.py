@@ -1,4 +1,4 @@
-"""Elementwise arithmetic over large tensors in pieces that stay in the processor's cache. Imports only torch.
+"""Elementwise arithmetic over large tensors in pieces that stay in the processor's cache.
 
 A chain of whole-tensor operations reads and writes main memory once each. Piece by piece the intermediate values stay
 in the second-level cache. On an accelerator there is one piece, the whole tensor, and numbers stay tensors, because

@@ -65,6 +65,14 @@ TINY = {
 }
 
 
+def randomise_norm(norm: nn.BatchNorm2d, shift: float, every: int) -> None:
+    """Moves a batch norm away from the identity; every so many gammas are negative."""
+    norm.running_mean.normal_(0, shift)
+    norm.running_var.uniform_(0.5, 2)
+    norm.weight.data.uniform_(0.5, 1.5)
+    norm.weight.data[::every] *= -1
+
+
 def float_detector(config: dict | str = SMALL, seed: int = 0) -> DetectionModel:
     """Random weights and batch norms that look trained: gains of both signs, one of them zero."""
     torch.manual_seed(seed)

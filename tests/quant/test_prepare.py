@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from small_detector import randomise_norm
 from torch import nn
 
 from models.common import Concat
@@ -27,10 +28,7 @@ def random_model(name="yolov5n.yaml", classes=4, seed=0):
     model = DetectionModel(name, nc=classes)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.2)
-            module.running_var.uniform_(0.5, 2)
-            module.weight.data.uniform_(0.5, 1.5)
-            module.weight.data[::5] *= -1
+            randomise_norm(module, 0.2, 5)
             module.weight.data[1] = 0
             module.bias.data.normal_(0, 0.3)
     return model

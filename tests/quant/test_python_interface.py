@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from small_detector import randomise_norm
 from torch import nn
 
 from quant import (
@@ -314,10 +315,7 @@ def odd_network():
     model = Odd()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.5, 2)
-            module.weight.data.uniform_(0.5, 1.5)
-            module.weight.data[::3] *= -1
+            randomise_norm(module, 0.3, 3)
     return model
 
 
