@@ -1,52 +1,48 @@
-"""Writes a trained detector as ONNX, and runs the file against the network before it says that it succeeded.
+"""Writes a trained detector for other runtimes, and compares the files with the network before it reports success.
 
 Usage:
-    python export.py --weights runs/train/exp/weights/best.pt --include onnx
+    python export.py --weights runs/train/exp/weights/best.pt --include onnx openvino torchscript
     python export.py --weights yolov5s.pt --include onnx --imgsz 640 --dynamic
+    python export.py --weights best.pt best.onnx --verify data.yaml     # writes nothing: compares on your images
 
 A float checkpoint becomes ``best.onnx``. A quantized one becomes two files with the same codes in them:
     best.onnx           the speed file: weights of one byte, codes of one byte through Concat, Resize and MaxPool
     best_storage.onnx   the storage file: weights of at most 4 bits packed two to a byte (opset 21)
+The other formats: ``best_openvino_model/`` and ``best.torchscript``. docs/deploy.md shows how to use them.
 """
 
 import argparse
-import copy
-import json
-import os
+import shlex
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import onnx
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from models.backend import load_network
-from models.yolo import DetectionModel
-from quant.fold import fold
-from quant.onnx_graph import DEFAULT_OPSET, INT4_OPSET, ExportedGraph, build, set_metadata, trace, traceable
-from quant.verify import Reference, Verification, references, verify
-from utils.checkpoint import Weights
-from utils.dataset_yaml import load_dataset_yaml, prepare_dataset
+from exporting.agreement import compare_on_data, table
+from exporting.formats import FORMATS, choose_formats
+from exporting.onnx_files import OnnxPlan, OnnxWriter, write_verified
+from exporting.openvino_files import write_openvino
+from exporting.pictures import verification_images
+from exporting.subject import Subject, read_subject
+from exporting.torchscript_files import write_torchscript
+from models.backend import OPENVINO_SUFFIX, is_exported
+from quant.onnx_graph import DEFAULT_OPSET
+from quant.verify import Reference, Verification, references
+from utils.command import CommandParser, exit_code
 from utils.devices import select_device
 from utils.errors import UserError
-from utils.images import letterbox, read_image
-from utils.labels import list_images
 from utils.log import LOGGER
 from utils.results import newest_weights
+from utils.suppression import Suppression
 
-FORMATS = ("onnx",)
 STORAGE_SUFFIX = "_storage"
 LOWEST_OPSET = 12
-VERIFICATION_IMAGES = 4
 
 
 @dataclass
 class ExportedFile:
-    """A file that was written, and how it compared with the network."""
+    """A file (or folder) that was written, and how it compared with the network."""
 
     path: Path
     purpose: str
@@ -54,13 +50,28 @@ class ExportedFile:
 
     @property
     def megabytes(self) -> float:
-        return self.path.stat().st_size / 1e6
+        files = [file for file in self.path.rglob("*") if file.is_file()] if self.path.is_dir() else [self.path]
+        return sum(file.stat().st_size for file in files) / 1e6
+
+
+# Flags of YOLOv5 that are not here -> what takes their place.
+REPLACED = {
+    "--inplace": "of no use: nothing is computed in place",
+    "--keras": "TensorFlow files are made from the ONNX file (onnx2tf)",
+    "--optimize": "mobile TorchScript is made from the exported file with torch.utils.mobile_optimizer",
+    "--per-tensor": "the recipe's weight.granularity: tensor",
+    "--cache": "TensorRT engines are built from the ONNX file by trtexec",
+    "--mlmodel": "Core ML files are made from the TorchScript file (coremltools)",
+    "--verbose": "of no use: it is TensorRT's log",
+    "--workspace": "TensorRT engines are built from the ONNX file by trtexec",
+    "--topk-per-class": "suppression in a graph has one limit for all classes",
+}
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line; abbreviations such as --batch and --img are allowed."""
-    parser = argparse.ArgumentParser(description="Export a detector and verify the exported file.")
-    parser.add_argument("--data", default=None, help="dataset YAML whose val images verify the file (the trained one)")
+    parser = CommandParser(description="Export a detector and verify the exported files.", replaced=REPLACED)
+    parser.add_argument("--data", default=None, help="dataset YAML whose val images verify the files (the trained one)")
     parser.add_argument("--weights", nargs="+", default=None, help=".pt; the newest best.pt of runs/train")
     parser.add_argument(
         "--imgsz", "--img", "--img-size", nargs="+", type=int, default=None, help="pixels: side, or height and width"
@@ -68,203 +79,163 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="cuda device, such as 0, or cpu: where the network is traced")
     parser.add_argument("--half", action="store_true", help="16-bit floats (float models)")
+    parser.add_argument("--int8", action="store_true", help="of YOLOv5; here: train.py --quant lsq --bits 8 --epochs 0")
     parser.add_argument("--dynamic", action="store_true", help="leave batch size, height and width open")
+    parser.add_argument("--simplify", action="store_true", help="ONNX: run onnxslim over the graph")
     parser.add_argument("--opset", type=int, default=DEFAULT_OPSET, help="version of the ONNX operators")
-    parser.add_argument("--include", nargs="+", default=list(FORMATS), help=f"formats: {', '.join(FORMATS)}")
+    parser.add_argument("--nms", action="store_true", help="ONNX, OpenVINO: suppress overlapping boxes in the graph")
+    parser.add_argument("--agnostic-nms", action="store_true", help="with --nms: across classes")
+    parser.add_argument("--conf-thres", type=float, default=0.25, help="with --nms: confidence threshold")
+    parser.add_argument("--iou-thres", type=float, default=0.45, help="with --nms: IoU threshold")
+    parser.add_argument("--max-det", "--topk-all", type=int, default=300, help="with --nms: rows of the output")
+    parser.add_argument("--include", nargs="+", default=["onnx"], help=f"formats: {', '.join(FORMATS)}")
+    parser.add_argument("--verify", default=None, metavar="DATA", help="dataset YAML: compare mAP and codes on it")
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> list[ExportedFile]:
-    """Exports every weights file; see ``export_file``."""
-    unknown = [name for name in options.include if name.lower() not in FORMATS]
-    if unknown:
-        raise UserError(f"--include {' '.join(unknown)}: not a format this project writes; use {', '.join(FORMATS)}")
+    """Exports every weights file; with exported ones among them, only compares these (see ``verify_on_data``)."""
+    formats = choose_formats(options.include)
     if options.opset < LOWEST_OPSET:
         raise UserError(f"--opset {options.opset}: at least {LOWEST_OPSET} is needed")
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size}: must be 1 or more")
-    return [file for path in options.weights or [newest_weights()] for file in export_file(Path(path), options)]
+    if options.int8:
+        raise UserError(
+            "--int8: quantize in training instead: train.py --quant lsq --bits 8 (--epochs 0: calibrate only)"
+        )
+    if options.nms and "torchscript" in formats:
+        raise UserError("--nms: suppression is written into onnx and openvino; leave torchscript out of --include")
+    weights = [Path(path) for path in options.weights or [newest_weights()]]
+    given = [path for path in weights if is_exported(path)]
+    if not given:
+        return [file for path in weights for file in export_file(path, formats, options)]
+    if not options.verify or len(given) != len(weights) - 1:
+        raise UserError(
+            f"--weights {given[0]} is exported already. To compare it with its checkpoint: "
+            f"--weights best.pt {given[0]} --verify data.yaml"
+        )
+    subject = read_subject(next(path for path in weights if path not in given), options.imgsz, select_device("cpu"))
+    verify_on_data(subject, given, options.verify)
+    return []
 
 
-def export_file(path: Path, options: argparse.Namespace) -> list[ExportedFile]:
-    """Writes the ONNX files of one checkpoint beside it, each only after it was verified.
+def export_file(path: Path, formats: list[str], options: argparse.Namespace) -> list[ExportedFile]:
+    """Writes the files of one checkpoint beside it, each only after it was verified.
 
     Raises:
         UserError: not a checkpoint, options that do not go together, or a file that does not compute what the network
             computes (it is then not kept).
     """
     start = time.perf_counter()
-    network, weights = load_network(path)
-    network.eval()
-    quantized = weights.quantization is not None
-    if options.half and quantized:
+    subject = read_subject(path, options.imgsz, select_device(options.device))
+    if options.half and subject.quantized:
         raise UserError(f"{path} is quantized: --half is for float models")
-    size = image_size(options.imgsz, weights, int(max(network.stride)))
-    device = select_device(options.device)
-    folded = (fold(network) if quantized else copy.deepcopy(network).fuse()).eval().to(device)
-    folded.model[-1].export = True
-    images, source = verification_images(options.data, weights, size)
-    traced = trace_network(folded, size, options, device)
-    folded = folded.cpu()
-
-    expected = references(folded, images, 1 if options.dynamic else options.batch_size, network if quantized else None)
+    if options.verify and not options.dynamic and subject.size[0] != subject.size[1]:
+        height, width = subject.size
+        raise UserError(f"--verify needs a square or dynamic input, not {height}x{width}: add --dynamic")
+    images, source = verification_images(options.data or options.verify, subject.weights, subject.size)
+    writer, plan = OnnxWriter(subject), _plan(options)
+    if formats != ["torchscript"]:
+        writer.trace(plan)  # on the device that was asked for; everything behind it on the CPU
+    subject.folded = subject.folded.cpu()
+    trained = subject.trained if subject.quantized else None
+    expected = references(subject.folded, images, 1 if options.dynamic else options.batch_size, trained)
     files = []
-    plans = [(path.with_suffix(".onnx"), "speed file" if quantized else "float file", options.opset, False)]
-    if quantized:
-        storage = path.with_name(path.stem + STORAGE_SUFFIX + ".onnx")
-        plans.append((storage, "storage file", max(options.opset, INT4_OPSET), True))
-    for target, purpose, opset, int4_weights in plans:
-        exported = build(traced, opset, int4_weights, (weights.quantization or {}).get("target", "onnxruntime"))
-        set_metadata(exported.model, metadata(network, weights))
-        result = write_verified(exported, target, folded, expected)
-        LOGGER.info(f"{target}: {purpose}, compared with the network on {len(images)} {source}:\n{result.table()}")
-        files.append(ExportedFile(target, purpose, result))
-    used_data = options.data or weights.trained_with("data")
-    report(path, files, size, options, used_data, time.perf_counter() - start)
+    for name in formats:
+        for file in _WRITERS[name](writer, plan, expected):
+            compared = f"compared with the network on {len(images)} {source}"
+            LOGGER.info(f"{file.path}: {file.purpose}, {compared}:\n{file.verification.table()}")
+            files.append(file)
+    data = options.verify or options.data or subject.weights.trained_with("data")
+    report(subject, files, options, data, time.perf_counter() - start)
+    if options.verify:
+        verify_on_data(subject, [file.path for file in files], options.verify)
     return files
 
 
-def image_size(given: list[int] | None, weights: Weights, stride: int) -> tuple[int, int]:
-    """(height, width) in pixels: as given, else what the checkpoint was trained on, else 640; multiples of the stride.
+def _plan(options: argparse.Namespace) -> OnnxPlan:
+    suppression = None
+    if options.nms:
+        suppression = Suppression(options.conf_thres, options.iou_thres, options.max_det, options.agnostic_nms)
+    return OnnxPlan(
+        opset=options.opset, batch_size=options.batch_size, dynamic=options.dynamic, half=options.half,
+        simplify=options.simplify, suppression=suppression,
+    )  # fmt: skip
+
+
+def _onnx_files(writer: OnnxWriter, plan: OnnxPlan, expected: list[Reference]) -> Iterator[ExportedFile]:
+    subject = writer.subject
+    purposes = {subject.path.with_suffix(".onnx"): ("speed file" if subject.quantized else "float file", plan)}
+    if subject.quantized:
+        storage = subject.path.with_name(subject.path.stem + STORAGE_SUFFIX + ".onnx")
+        purposes[storage] = ("storage file", replace(plan, int4_weights=True))
+    for target, (purpose, own_plan) in purposes.items():
+        result = write_verified(writer.build(own_plan), target, subject.folded, expected)
+        yield ExportedFile(target, purpose, result)
+
+
+def _openvino_folder(writer: OnnxWriter, plan: OnnxPlan, expected: list[Reference]) -> Iterator[ExportedFile]:
+    path = writer.subject.path
+    folder = path.with_name(path.stem + OPENVINO_SUFFIX)
+    exported = writer.build(replace(plan, own_operators=False))
+    result = write_openvino(exported, folder, path.stem, writer.subject.folded, expected, plan.half)
+    yield ExportedFile(folder, "OpenVINO", result)
+
+
+def _torchscript_file(writer: OnnxWriter, plan: OnnxPlan, expected: list[Reference]) -> Iterator[ExportedFile]:
+    target = writer.subject.path.with_suffix(".torchscript")
+    result = write_torchscript(writer.subject, target, expected, plan.batch_size, plan.half)
+    yield ExportedFile(target, "TorchScript", result)
+
+
+_WRITERS: dict[str, Callable[[OnnxWriter, OnnxPlan, list[Reference]], Iterator[ExportedFile]]] = {
+    "onnx": _onnx_files,
+    "openvino": _openvino_folder,
+    "torchscript": _torchscript_file,
+}
+
+
+def verify_on_data(subject: Subject, files: list[Path], data: str) -> None:
+    """Prints how the files compare with the network on a data set.
 
     Raises:
-        UserError: not one or two positive numbers.
+        UserError: a file does not agree; the text is the table.
     """
-    sides = list(given or [weights.trained_with("imgsz") or 640])
-    if len(sides) > 2 or min(sides) < 1:
-        raise UserError(f"--imgsz {' '.join(map(str, sides))}: give one side, or height and width, in pixels")
-    height, width = (-(-side // stride) * stride for side in (sides[0], sides[-1]))
-    if [height, width] != [sides[0], sides[-1]]:
-        LOGGER.warning(f"--imgsz: sides must be multiples of {stride}; exporting {height}x{width}")
-    return height, width
-
-
-def trace_network(
-    folded: nn.Module, size: tuple[int, int], options: argparse.Namespace, device: torch.device
-) -> onnx.ModelProto:
-    """Traces the network at the size and batch size asked for."""
-    model = traceable(folded)
-    example = torch.zeros(options.batch_size, 3, *size, device=device)
-    if options.half:
-        model, example = model.half(), example.half()
-    return trace(model, example, options.opset, options.dynamic)
-
-
-def metadata(network: DetectionModel, weights: Weights) -> dict[str, str]:
-    """What readers need to know: ``stride`` and ``names`` as YOLOv5's own tools expect them, ``bits`` as JSON."""
-    bits = {"weights": 32, "activations": 32}
-    method = "float"
-    if weights.quantization is not None:
-        config = weights.quantization
-        method = config["method"]
-        bits = {
-            "weights": config["weight"]["bits"],
-            "activations": config["activation"]["bits"],
-            "first_layer": config["first_layer_bits"],
-            "detect": config["detect_bits"],
-        }
-        if config["activation"].get("output"):
-            bits["outputs"] = config["activation"]["output"]
-    stride = int(max(network.stride))
-    return {"stride": str(stride), "names": str(network.names), "bits": json.dumps(bits), "method": method}
-
-
-def verification_images(
-    data: str | None, weights: Weights, size: tuple[int, int], count: int = VERIFICATION_IMAGES
-) -> tuple[list[Tensor], str]:
-    """Returns images (3, height, width) in 0..1 to compare on, and in words what they are.
-
-    They come from ``data``, else from the data set the checkpoint was trained on if it is still there, else they are
-    drawn.
-
-    Raises:
-        UserError: ``data`` was given and cannot be read.
-    """
-    used = data or weights.trained_with("data")
-    try:
-        if used:
-            spec = load_dataset_yaml(used)
-            prepare_dataset(spec)
-            paths = list_images(spec.val)
-            chosen = paths[:: max(1, len(paths) // count)][:count]
-            images = [letterbox(read_image(path), size, auto=False)[0] for path in chosen]
-            arrays = [np.ascontiguousarray(image[..., ::-1].transpose(2, 0, 1)) for image in images]
-            return [torch.from_numpy(array).float() / 255 for array in arrays], f"images of {spec.yaml_file.name}"
-    except UserError:
-        if data:
-            raise
-    return drawn_images(size, count), "drawn images (give real ones with --data)"
-
-
-def drawn_images(size: tuple[int, int], count: int, seed: int = 0) -> list[Tensor]:
-    """Deterministic test images (3, height, width) in steps of 1/255: smooth colours, hard-edged boxes, some noise."""
-    generator = torch.Generator().manual_seed(seed)
-    images = []
-    for _ in range(count):
-        coarse = torch.rand(1, 3, 7, 7, generator=generator)
-        image = F.interpolate(coarse, size=size, mode="bicubic", align_corners=False)[0]
-        for _ in range(12):
-            top, left, height, width = (
-                torch.rand(4, generator=generator).mul(torch.tensor([*size, *size])).long().tolist()
-            )
-            colour = torch.rand(3, 1, 1, generator=generator)
-            image[:, top : top + height // 3 + 4, left : left + width // 3 + 4] = colour
-        image += 0.03 * torch.randn(image.shape, generator=generator)
-        images.append(image.clamp(0, 1).mul(255).round() / 255)
-    return images
-
-
-def write_verified(exported: ExportedGraph, target: Path, folded: nn.Module, expected: list[Reference]) -> Verification:
-    """Writes the file under a temporary name, reads it back, compares it with the network, and then names it.
-
-    Raises:
-        UserError: it cannot be written, or it does not compute what the network computes.
-    """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        onnx.save_model(exported.model, str(temporary))
-        exported.model = onnx.load_model(str(temporary))
-        result = verify(folded, exported, expected)
-        if not result.holds:
-            raise UserError(f"{target}: not written, it does not compute what the network does\n{result.table()}")
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return result
+    LOGGER.info(f"Measuring {subject.path} and {', '.join(str(file) for file in files)} on {data} ...")
+    results = compare_on_data(subject, files, data)
+    text = table(subject, results, data)
+    if any(result.problems for result in results):
+        raise UserError(f"--verify {data}: a file does not compute what the network does\n{text}")
+    LOGGER.info(text)
 
 
 def report(
-    path: Path,
-    files: list[ExportedFile],
-    size: tuple[int, int],
-    options: argparse.Namespace,
-    used_data: str | None,
-    seconds: float,
+    subject: Subject, files: list[ExportedFile], options: argparse.Namespace, data: object, seconds: float
 ) -> None:
-    """Says what was written and what to do with it; ``used_data`` is the data set it can be measured on."""
+    """Says what was written, and the three commands that come next; ``data`` is what it can be measured on, or None."""
+    size = subject.size
     shape = "any batch and size" if options.dynamic else f"batch {options.batch_size}, {size[0]}x{size[1]}"
-    LOGGER.info(f"Exported {path} in {seconds:.1f} s ({shape}):")
+    LOGGER.info(f"Exported {subject.path} in {seconds:.1f} s ({shape}), every file verified:")
     for file in files:
         LOGGER.info(f"  {file.megabytes:8.2f} MB  {file.path}  ({file.purpose})")
-    side = f"--imgsz {max(size)}"
-    data = f" --data {used_data}" if used_data else ""
-    LOGGER.info(f"Measure it:  python val.py --weights {files[0].path}{data} {side}")
-    if not options.dynamic:
-        LOGGER.info("             (its images are padded to squares; give --square to measure the .pt in the same way)")
-    LOGGER.info(f"Use it:      python detect.py --weights {files[0].path} {side} --source image.jpg")
+    first, checkpoint, data = (shlex.quote(str(word)) for word in (files[0].path, subject.path, data or "your.yaml"))
+    square = "" if options.dynamic else " --square"
+    if options.dynamic or size[0] == size[1]:
+        side = f"--imgsz {max(size)}"
+        LOGGER.info(f"Measure it:  python val.py --weights {first} --data {data} {side}{square}")
+        LOGGER.info(f"Use it:      python detect.py --weights {first} {side} --source image.jpg")
+        LOGGER.info(f"Prove it:    python export.py --weights {checkpoint} {first} --verify {data} {side}")
+    else:
+        LOGGER.info(f"Use it:      python detect.py --weights {first} --imgsz {size[0]} {size[1]} --source image.jpg")
+        LOGGER.info("val.py and --verify measure square images: export with --dynamic, or a square --imgsz, for these")
+    LOGGER.info("In your own program, from Python or C++: docs/deploy.md")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     options = parse_options(arguments)
-    try:
-        run(options)
-    except UserError as error:
-        LOGGER.error(f"export.py: {error}")
-        return 1
-    return 0
+    return exit_code("export.py", lambda: run(options))
 
 
 if __name__ == "__main__":

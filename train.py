@@ -25,108 +25,39 @@ from models.yolo import DetectionModel
 from quant.config import AutoBits, QuantConfig, build_config
 from quant.precision import check_auto_bits
 from quant.prepare import fusion_readers, prepare
-from quant.registry import QUANTIZERS
 from quant.report import float_bytes, quantized_bytes
+from run_report.write import write_report
+from training.batch_size import choose_batch_size
+from training.evolve import evolve
+from training.faults import ended_by_signals, explained
+from training.options import (
+    AUTO_BATCH,
+    apply_defaults,
+    check_frozen,
+    check_options,
+    make_parser,
+    options_of_run,
+    wants_wandb,
+)
 from training.phases import best_model, build_float_model, float_phase, load_teacher, quantized_phase, summarise
 from training.random_state import seed_everything
-from training.run import Phase, Run
+from training.run import Phase, Run, check_processes, new_run_folder
+from utils import distributed
+from utils.allocation import keep_freed_memory
 from utils.checkpoint import load_checkpoint
-from utils.dataset_yaml import DatasetSpec, load_dataset_yaml, prepare_dataset
-from utils.devices import PRECISIONS, limit_threads, select_device, training_type
+from utils.dataset_yaml import load_dataset_yaml, prepare_dataset
+from utils.devices import limit_threads
 from utils.errors import UserError
 from utils.hyp import load_hyp
 from utils.log import LOGGER
-from utils.paths import ROOT, increment_path
+from utils.paths import ROOT
 from utils.plots import plot_labels, plot_results
-
-# What holds where neither a flag nor the data set's `defaults:` says otherwise.
-DEFAULTS = {
-    "imgsz": 640,
-    "epochs": 100,
-    "float_epochs": 100,
-    "batch_size": 16,
-    "cfg": "yolov5s.yaml",
-    "hyp": "hyp.scratch-low.yaml",
-    "optimizer": "SGD",
-}
+from utils.wandb_log import WandbLog
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; abbreviations such as ``--batch`` and ``--img`` work."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--weights", default="", help="checkpoint to start from, official or ours; empty: from scratch")
-    add("--cfg", default=None, help="model YAML")
-    add("--data", default="shapes.yaml", help="data set YAML")
-    add("--hyp", default=None, help="hyperparameter YAML; default: hyp.scratch-low.yaml")
-    add("--epochs", type=int, default=None, help="epochs (with --quant: of the quantized phase; 0 calibrates only)")
-    add("--batch-size", type=int, default=None, help="images per batch")
-    add("--imgsz", "--img", "--img-size", type=int, default=None, help="image size in pixels")
-    add("--rect", action="store_true", help="rectangular batches: no mosaic, no shuffling")
-    add("--resume", nargs="?", const=True, default=False, help="continue the newest run, or that of this last.pt")
-    add("--nosave", action="store_true", help="save only the last checkpoint")
-    add("--noval", action="store_true", help="validate after the last epoch only")
-    add("--noautoanchor", action="store_true", help="keep the anchors")
-    add("--noplots", action="store_true", help="draw no plots")
-    add("--cache", nargs="?", const="ram", default=None, help="keep images in memory")
-    add("--device", default="", help="cpu, 0, mps")
-    add("--multi-scale", action="store_true", help="vary the image size by half, batch by batch")
-    add("--single-cls", action="store_true", help="treat all classes as one")
-    add("--optimizer", choices=("SGD", "Adam", "AdamW"), default=None, help="default: SGD")
-    add("--workers", type=int, default=8, help="loader processes, at most one less than there are processors")
-    add("--project", default=str(ROOT / "runs" / "train"), help="folder of runs")
-    add("--name", default="exp", help="name of the run")
-    add("--exist-ok", action="store_true", help="write into an existing run folder")
-    add("--cos-lr", action="store_true", default=None, help="cosine instead of linear learning rate")
-    add("--label-smoothing", type=float, default=0.0)
-    add("--patience", type=int, default=100, help="epochs without progress before stopping; 0: never stop")
-    add("--freeze", nargs="+", type=int, default=[0], help="freeze layers 0..N-1, or the listed ones")
-    add("--save-period", type=int, default=-1, help="keep a checkpoint every N epochs")
-    add("--seed", type=int, default=0)
-    add(
-        "--precision", choices=PRECISIONS, default="auto",
-        help="of convolutions in training; auto: float16 on CUDA, float32 elsewhere. Quantizers compute in float32",
-    )  # fmt: skip
-    add("--compile", action="store_true", help="compile the quantizers' arithmetic (needs a C++ compiler, or Triton)")
-    quant = parser.add_argument_group("quantization")
-    add = quant.add_argument
-    add("--quant", metavar="METHOD", default=None, help=f"quantization-aware training: {', '.join(QUANTIZERS)}")
-    add("--bits", default=None, help="4; weights and activations apart: w4a8; chosen by layer: auto:4.0")
-    add("--gabfusion", nargs="?", const=True, default=None, metavar="MODE", help="learnable, feedback or fixed")
-    add("--ada", nargs="?", const=True, default=None, metavar="DIVERGENCE", help="attention distillation: js or kl")
-    add("--teacher", default="", help="float checkpoint of the teacher; default: the float model of this run")
-    add("--float-epochs", type=int, default=None, help="epochs of the float phase")
-    add("--recipe", default=None, help="quantization YAML; bare names are looked up in quant/recipes")
-    return parser.parse_args(arguments)
-
-
-def check_options(options: argparse.Namespace) -> None:
-    """Raises UserError for values and combinations that cannot work."""
-    for flag in ("bits", "gabfusion", "ada"):
-        if getattr(options, flag) not in (None, False) and not (options.quant or options.recipe):
-            raise UserError(f"--{flag} needs --quant: add --quant lsq (or a --recipe)")
-    if options.float_epochs is not None and not (options.quant or options.recipe):
-        raise UserError("--float-epochs counts the float phase of a run with --quant; without it use --epochs")
-    if options.teacher and not (options.quant or options.recipe):
-        raise UserError("--teacher needs --quant and --ada")
-    for flag, least in (("epochs", 0), ("float_epochs", 0), ("batch_size", 1), ("imgsz", 32), ("workers", 0)):
-        value = getattr(options, flag)
-        if value is not None and value < least:
-            raise UserError(f"--{flag.replace('_', '-')} {value}: must be at least {least}")
-    training_type(options.precision, select_device(options.device))
-    if options.compile and not (options.quant or options.recipe):
-        raise UserError("--compile compiles the quantizers' arithmetic: it needs --quant")
-
-
-def apply_defaults(options: argparse.Namespace, spec: DatasetSpec) -> None:
-    """Fills options that the user left open from the data set's ``defaults:`` and then from ``DEFAULTS``."""
-    from_data = {key.replace("-", "_"): value for key, value in spec.defaults.items()}
-    quantized = bool(options.quant or options.recipe)
-    if not quantized and options.epochs is None and "float_epochs" in from_data:
-        options.epochs = from_data["float_epochs"]  # a float run has only the float phase's epochs
-    for key, value in (DEFAULTS | from_data).items():
-        if getattr(options, key, None) is None:
-            setattr(options, key, value)
+    return make_parser(__doc__).parse_args(arguments)
 
 
 def find_resume(value: str | bool) -> tuple[dict, Path]:
@@ -143,11 +74,16 @@ def find_resume(value: str | bool) -> tuple[dict, Path]:
             raise UserError(f"--resume: no last.pt under {ROOT / 'runs'}; name the file: --resume path/to/last.pt")
         file = max(files, key=lambda path: path.stat().st_mtime)
     checkpoint = load_checkpoint(file)
-    if "options" not in checkpoint or "phase" not in checkpoint:
+    if not isinstance(checkpoint.get("options"), dict) or checkpoint.get("phase") not in ("float", "quantized"):
         raise UserError(f"--resume {file}: this checkpoint is not from a training run")
     quantized_follows = bool(checkpoint["options"].get("quant") or checkpoint["options"].get("recipe"))
     if checkpoint.get("finished") and (checkpoint["phase"] == "quantized" or not quantized_follows):
-        raise UserError(f"{file}: this run is finished, there is nothing to resume. To train on, give it as --weights")
+        onward = "give it as --weights"
+        if checkpoint["phase"] == "quantized":  # train.py takes float weights only
+            own = file.with_name("float_best.pt")
+            start = own if own.exists() else checkpoint["options"].get("weights") or "its float weights"
+            onward = f"start again from its float network with more --epochs: --weights {start}"
+        raise UserError(f"{file}: this run is finished, there is nothing to resume. To train on, {onward}")
     return checkpoint, file.resolve().parents[1]
 
 
@@ -166,6 +102,7 @@ def prepare_run(options: argparse.Namespace, resume: dict | None = None, save_di
     options.float_phase_asked = getattr(options, "float_phase_asked", bool(options.float_epochs))
     spec = load_dataset_yaml(options.data)
     apply_defaults(options, spec)
+    check_processes(options)
     hyp = load_hyp(options.hyp) if resume is None else resume["hyp"]
     names = {0: "item"} if options.single_cls and spec.nc != 1 else dict(spec.names)
     limit_threads()
@@ -175,12 +112,14 @@ def prepare_run(options: argparse.Namespace, resume: dict | None = None, save_di
         model.names = names
     else:
         model, fits = build_float_model(options, names, hyp.get("anchors"))
-        options.needs_float = not fits or options.float_phase_asked
+        if resume is None:
+            check_frozen(options, len(model.model))
+            options.needs_float = not fits or options.float_phase_asked
     config = None
     if options.quant or options.recipe:
         if resume is not None:
-            saved = yaml.safe_load((save_dir / "quant.yaml").read_text(encoding="utf-8"))
-            config = QuantConfig.from_dict(saved, str(save_dir / "quant.yaml"))
+            saved = distributed.from_main(lambda: (save_dir / "quant.yaml").read_text(encoding="utf-8"))
+            config = QuantConfig.from_dict(yaml.safe_load(saved), str(save_dir / "quant.yaml"))
         else:
             config = quantization_of(options, model)
     check_phases(options, config)
@@ -191,16 +130,19 @@ def prepare_run(options: argparse.Namespace, resume: dict | None = None, save_di
         rounded = -(-options.imgsz // options.stride) * options.stride
         LOGGER.warning(f"--imgsz {options.imgsz} is not a multiple of the stride {options.stride}: {rounded} is used")
         options.imgsz = rounded
-    prepare_dataset(spec)
+    if options.batch_size == AUTO_BATCH:
+        options.batch_size = choose_batch_size(options, model, config)
+    with distributed.local_main_first():
+        prepare_dataset(spec)
+    if options.name == "cfg":
+        options.name = Path(options.cfg).stem
     if save_dir is None:
-        save_dir = increment_path(Path(options.project) / options.name, options.exist_ok, make=True)
-        for stale in (save_dir / "weights").glob("*.pt"):  # of a run that --exist-ok writes over
-            stale.unlink()
+        save_dir = distributed.from_main(lambda: new_run_folder(options))
     run = Run(options, spec, hyp, save_dir)
     run.config = config
-    for name, content in (("opt", vars(options)), ("hyp", hyp), ("quant", config.to_dict() if config else None)):
-        if content is not None:
-            (save_dir / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    run.write_settings()
+    if wants_wandb(options) and distributed.is_main():
+        run.wandb = WandbLog(save_dir, {**vars(options), "hyp": hyp}, options.entity, resume is not None)
     return run, model
 
 
@@ -208,7 +150,7 @@ def quantization_of(options: argparse.Namespace, model: DetectionModel) -> Quant
     """The merged quantization; what the model cannot carry is refused here, before anything is trained."""
     config = build_config(options.quant, options.bits, options.gabfusion, options.ada, options.recipe, model.yaml)
     if options.teacher and not config.needs_teacher:
-        raise UserError("--teacher needs --ada or a recipe with distillation: nothing is learned from a teacher else")
+        raise UserError("--teacher: the recipe switches distillation off, so nothing is learned from it; add --ada")
     config.check_layers(model.detect.i)
     prepared = prepare(copy.deepcopy(model), dataclasses.replace(config, auto_bits=AutoBits()))
     if config.gabfusion.enabled and config.gabfusion.fold == "finetune":
@@ -230,15 +172,28 @@ def check_phases(options: argparse.Namespace, config: QuantConfig | None) -> Non
 
 def main(options: argparse.Namespace) -> Path:
     """Trains as ``options`` say; returns the run folder."""
+    keep_freed_memory()
+    if options.evolve is not None:
+        return evolve(options, main)
     resume, save_dir = None, None
     if options.resume:
-        resume, save_dir = find_resume(options.resume)
-        options = argparse.Namespace(**resume["options"])
+        asked = options
+        resume, save_dir = distributed.from_main(lambda: find_resume(asked.resume))
+        options = options_of_run(resume["options"])
+        options.device = asked.device or options.device  # another machine may have others
     run, model = prepare_run(options, resume, save_dir)
+    with explained(run):
+        train_phases(run, model, resume)
+    return run.save_dir
+
+
+def train_phases(run: Run, model: DetectionModel, resume: dict | None) -> None:
+    """The phases that are left, then the charts and the table at the end."""
+    options = run.options
     LOGGER.info(
         f"{model.info(options.imgsz)} on {run.device}, {torch.get_num_threads()} threads, run in {run.save_dir}"
     )
-    if not options.noplots and resume is None:
+    if not options.noplots and resume is None and distributed.is_main():
         plot_labels(np.concatenate(run.train_set.labels), run.names, run.save_dir)
     if run.config is not None:
         LOGGER.info("Quantization:\n" + yaml.safe_dump(run.config.to_dict(), sort_keys=False).rstrip())
@@ -247,8 +202,9 @@ def main(options: argparse.Namespace) -> Path:
     if run.config is None:
         float_phase(run, model, resume)
         finish_plots(run)
+        write_page(run)
         LOGGER.info(f"Files are in {run.save_dir}")
-        return run.save_dir
+        return
     if options.needs_float and phase != "quantized":
         unfinished = resume if resume and not resume.get("finished") else None
         if resume and resume.get("finished"):
@@ -275,28 +231,44 @@ def main(options: argparse.Namespace) -> Path:
         rows.append((f"{bits} trained ({run.config.method})", final, size))
     finish_plots(run)
     summarise(run, rows)
-    return run.save_dir
+    write_page(run)
 
 
 def finish_plots(run: Run) -> None:
-    """Draws results.png from every results.csv of the run."""
-    if run.options.noplots:
+    """Draws results.png from every results.csv of the run, and ends what is sent to Weights & Biases."""
+    if not run.options.noplots and distributed.is_main():
+        for file in run.save_dir.glob("*results.csv"):
+            plot_results(file)
+    if run.wandb is not None:
+        run.wandb.finish()
+
+
+def write_page(run: Run) -> None:
+    """report.html of the run; training is over, so whatever goes wrong here is only said."""
+    if run.options.noplots or not distributed.is_main():
         return
-    for file in run.save_dir.glob("*results.csv"):
-        plot_results(file)
+    try:
+        LOGGER.info(f"Report: {write_report(run.save_dir)}")
+    except (UserError, OSError) as error:
+        LOGGER.warning(f"WARNING: no report.html: {error}")
 
 
 def command_line() -> int:
     """Entry point: user errors become one line and exit code 1."""
+    options = parse_arguments()
     try:
-        options = parse_arguments()
-        main(options)
+        distributed.start(options.device)
+        with ended_by_signals():
+            main(options)
     except UserError as error:
+        distributed.let_main_report()
         LOGGER.error(f"ERROR: {error}")
         return 1
-    except KeyboardInterrupt:
-        LOGGER.error("Interrupted. Continue with: python train.py --resume")
+    except KeyboardInterrupt as interrupt:
+        LOGGER.error(f"Interrupted. {interrupt or 'Nothing had been trained'}")
         return 130
+    finally:
+        distributed.stop()
     return 0
 
 

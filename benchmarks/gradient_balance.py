@@ -33,8 +33,8 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from common import machine, write_section  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from real_data import machine, write_section  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from models.yolo import DetectionModel  # noqa: E402

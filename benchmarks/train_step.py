@@ -2,10 +2,12 @@
 
     python benchmarks/train_step.py --imgsz 320 --batch-size 8
 
-All networks take turns in one process, so their ratios hold on a busy machine too; absolute numbers do not. Memory is
-what a process of its own grows by from the built network to the end of the third step, over the same of float.
-The reference is a plain step: float32, contiguous tensors, eager. Ours has channels-last tensors. A step is what the
-trainer does: forward, loss, backward, clipping, optimizer, moving average.
+Each network takes turns with the one it is compared with, so ratios hold on a busy machine too; absolute numbers do
+not. Memory is what a process of its own grows by from the built network to the end of the third step, over the same of
+float.
+The reference is a plain step: float32, contiguous tensors, eager. Ours has channels-last tensors, and quantizers run
+compiled kernels unless a row says otherwise. A step is what the trainer does: forward, loss, backward, clipping,
+optimizer, moving average.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
+import re
 import statistics
 import subprocess
 import sys
@@ -26,18 +29,20 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import peers  # noqa: E402
 import torch  # noqa: E402
-from real_data import machine, write_section  # noqa: E402
+from common import machine, write_section  # noqa: E402
 
 from models.yolo import DetectionModel  # noqa: E402
 from quant import kernels  # noqa: E402
 from quant.calibrate import calibrate  # noqa: E402
 from quant.compilation import compile_quantizers  # noqa: E402
-from quant.config import build_config  # noqa: E402
+from quant.config import DistillationConfig, build_config  # noqa: E402
 from quant.prepare import prepare  # noqa: E402
 from quant.registry import QUANTIZERS  # noqa: E402
 from quant.training import QuantizedTraining  # noqa: E402
+from utils.allocation import keep_freed_memory  # noqa: E402
 from utils.ema import ModelEMA  # noqa: E402
 from utils.hyp import DEFAULT_FILE, load_hyp  # noqa: E402
+from utils.log import LOGGER  # noqa: E402
 from utils.loss import DetectionLoss, scale_loss_gains  # noqa: E402
 from utils.optim import build_optimizer  # noqa: E402
 
@@ -54,31 +59,34 @@ class Variant:
         channels_last: memory format.
         compiled: quantizer kernels.
         peer: whose quantizers, or "" for ours.
+        teacher: only the forward pass of the network that ADA learns from.
     """
 
     flags: tuple[tuple[str, object], ...] | None = None
     precision: torch.dtype = torch.float32
     channels_last: bool = True
-    compiled: bool = False
+    compiled: bool = True
     peer: str = ""
+    teacher: bool = False
 
 
-def variants(types: list[torch.dtype], compiling: bool) -> dict[str, Variant]:
+def variants(types: list[torch.dtype]) -> dict[str, Variant]:
     """All rows by name, the reference first."""
     found = {"float, plain": Variant(channels_last=False)}
     for dtype in types:
         name = str(dtype).removeprefix("torch.")
         found[f"float, {name}"] = Variant(precision=dtype)
-        for compiled in (False, True) if compiling else (False,):
-            how = f"{name}, compiled" if compiled else name
+        for compiled in (True, False):
+            how = name if compiled else f"{name}, piece by piece"
             for method in METHODS:
                 found[f"{method}, {how}"] = Variant((("method", method),), dtype, compiled=compiled)
             fusion = (("method", "lsq"), ("gabfusion", True))
             found[f"lsq + GABFusion, {how}"] = Variant(fusion, dtype, compiled=compiled)
             found[f"lsq + ADA, {how}"] = Variant((("method", "lsq"), ("ada", True)), dtype, compiled=compiled)
+        found[f"forward pass of the teacher, {name}"] = Variant((("method", "lsq"), ("ada", True)), dtype, teacher=True)
     for peer in peers.PEERS:
         if version := peers.version(peer):
-            found[f"{peer} {version}, float32"] = Variant((("method", "lsq"),), peer=peer)
+            found[f"{peer} {version}, float32"] = Variant((("method", "lsq"),), compiled=False, peer=peer)
     return found
 
 
@@ -92,6 +100,7 @@ class Step:
         self.images = images.to(memory_format=layout)
         if variant.flags is not None:
             config = build_config(bits=4, **dict(variant.flags))
+            config.distillation = DistillationConfig(logits=0.0)  # the teacher's pass would hide what quantizers cost
             prepare(self.model, config)
             calibrate(self.model, [images])
             if variant.peer:
@@ -102,8 +111,8 @@ class Step:
             teacher = copy.deepcopy(network).eval().fuse().to(memory_format=layout)
             self.companion = QuantizedTraining(self.model, self.ema.ema, config, teacher, 10)
             self.companion.set_progress(0.3)  # where the normalisation is at full strength
-            if variant.compiled:
-                compile_quantizers(self.model, {torch.float32, variant.precision})
+            if variant.compiled and not compile_quantizers(self.model, {torch.float32, variant.precision}):
+                raise SystemExit("rows with compiled kernels need a C++ compiler: use --rows to leave them out")
         self.loss = make_loss(self.model, images.shape[-1])
         self.targets = random_targets(len(images))
         self.optimizer = build_optimizer(self.model, "SGD", 1e-4, 0.9, 0.0, 1e-4)
@@ -112,6 +121,10 @@ class Step:
         kernels.switch(self.variant.compiled)
         features = self.companion.features if self.companion else ()
         with torch.autocast("cpu", self.variant.precision, enabled=self.variant.precision is not torch.float32):
+            if self.variant.teacher:
+                with torch.no_grad():
+                    self.companion.teacher(self.images, features=features)
+                return
             output = self.model(self.images, features=features)
             raw, maps = output if features else (output, {})
             loss = self.loss(raw, self.targets)[0]
@@ -175,22 +188,44 @@ def _status(key: str) -> int:
 def memory(options: argparse.Namespace, name: str) -> int:
     """Growth of a new process during three steps, bytes."""
     command = [sys.executable, __file__, "--memory-of", name, "--cfg", options.cfg, "--imgsz", str(options.imgsz)]
-    command += ["--batch-size", str(options.batch_size), "--precision", *options.precision]
+    command += ["--batch-size", str(options.batch_size), "--precision", *options.precision, "--rows", options.rows]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
 
-def times(steps: dict[str, Step], rounds: int) -> dict[str, float]:
-    """Median seconds of a step; all take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()  # first steps allocate and choose kernels
-    for _ in range(rounds):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def alike(name: str, variant: Variant) -> str:
+    """The row that ``name`` is compared with: the float step of its precision, or for that the plain one."""
+    own = f"float, {str(variant.precision).removeprefix('torch.')}"
+    return next(iter(variants([]))) if name.startswith("float") else own
+
+
+def timed(step: Step) -> float:
+    """Seconds of one step."""
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def measure(
+    rows: dict[str, Variant], network: DetectionModel, images: torch.Tensor, rounds: int
+) -> tuple[float, dict[str, float]]:
+    """Seconds of the plain float step, and each row's time over that of ``alike``.
+
+    Each row takes turns with its reference alone; the ratio is the median of those of neighbours. With all networks in
+    one round the same ratio differed by a third from run to run.
+    """
+    plain, ratios = 0.0, {}
+    references = {name: Step(network, rows[name], images) for name in rows if rows[name].flags is None}
+    for name, variant in rows.items():
+        step = references.get(name) or Step(network, variant, images)
+        reference = references[alike(name, variant)]
+        timed(reference), timed(step)  # first steps allocate and choose kernels
+        pairs = [(timed(reference), timed(step)) for _ in range(rounds)]
+        ratios[name] = 1.0 if step is reference else statistics.median(own / other for other, own in pairs)
+        if step is reference:
+            plain = statistics.median(own for _, own in pairs)
+        LOGGER.info(f"{name}: {ratios[name]:.2f} of {alike(name, variant)}")
+    return plain, ratios
 
 
 def main() -> None:
@@ -201,41 +236,52 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--precision", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--no-compile", action="store_true", help="leave the compiled rows out")
+    parser.add_argument("--rows", default=".*", help="regular expression of the rows to measure beside float's")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument("--memory-of", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    keep_freed_memory()  # as train.py does
     torch.manual_seed(0)
     images = torch.rand(options.batch_size, 3, options.imgsz, options.imgsz)
     network = settled_network(options.cfg, images)
-    rows = variants([getattr(torch, name) for name in options.precision], not options.no_compile)
+    rows = variants([getattr(torch, name) for name in options.precision])
+    rows = {name: row for name, row in rows.items() if row.flags is None or re.fullmatch(options.rows, name)}
     if options.memory_of:
         print(growth(Step(network, rows[options.memory_of], images)))
         return
-    seconds = times({name: Step(network, variant, images) for name, variant in rows.items()}, options.rounds)
+    plain, ratios = measure(rows, network, images, options.rounds)
     grown = {} if options.no_memory else {name: memory(options, name) for name in rows}
-    report(options, rows, seconds, grown)
+    report(options, rows, plain, ratios, grown)
 
 
 def report(
-    options: argparse.Namespace, rows: dict[str, Variant], seconds: dict[str, float], grown: dict[str, int]
+    options: argparse.Namespace,
+    rows: dict[str, Variant],
+    plain: float,
+    ratios: dict[str, float],
+    grown: dict[str, int],
 ) -> None:
     """Prints the table and puts it into docs/results.md."""
     threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
     title = f"{Path(options.cfg).stem}, {options.imgsz} px, batch {options.batch_size}, {threads}"
     command = f"python benchmarks/train_step.py --cfg {options.cfg} --imgsz {options.imgsz}"
     command += f" --batch-size {options.batch_size} --rounds {options.rounds} --precision {' '.join(options.precision)}"
+    command += "" if options.rows == ".*" else f" --rows '{options.rows}'"
+    command += "" if grown else " --no-memory"
     lines = [f"## Training step: {title}", "", f"`{command}`", "", f"{date.today().isoformat()}, {machine()}."]
-    lines += ["Medians of interleaved steps. W4A4; the names of peers carry their version.", ""]
-    lines += ["| step | images per second | time: plain float | time: float alike | memory: float alike |"]
+    lines += ["Ratios are medians over neighbouring steps. W4A4; the names of peers carry their version.", ""]
+    lines += [
+        "| step | images per second, by the ratio | time: plain float | time: float alike | memory: float alike |"
+    ]
     lines += ["|---|---|---|---|---|"]
-    plain = next(iter(rows))
     for name, variant in rows.items():
-        alike = plain if name == plain else f"float, {str(variant.precision).removeprefix('torch.')}"
-        room = f"{grown[name] / grown[alike]:.2f}" if grown else ""
+        reference = alike(name, variant)
+        over_plain = ratios[name] * (ratios[reference] if name != reference else 1)
+        over_alike = 1.0 if name.startswith("float") else ratios[name]
+        own = name if name.startswith("float") else reference
+        room = f"{grown[name] / grown[own]:.2f}" if grown else ""
         lines.append(
-            f"| {name} | {options.batch_size / seconds[name]:.1f} | {seconds[name] / seconds[plain]:.2f} | "
-            f"{seconds[name] / seconds[alike]:.2f} | {room} |"
+            f"| {name} | {options.batch_size / plain / over_plain:.1f} | {over_plain:.2f} | {over_alike:.2f} | {room} |"
         )
     print("\n".join(lines))
     write_section(f"train_step {Path(options.cfg).stem} {options.imgsz} {threads}", lines)

@@ -213,6 +213,46 @@ class C3Ghost(C3):
         return nn.Sequential(*(GhostBottleneck(hidden, hidden) for _ in range(n)))
 
 
+class TransformerLayer(nn.Module):
+    """Self-attention and a linear pair, each with a shortcut and without LayerNorm: (positions, B, c) -> the same."""
+
+    def __init__(self, c: int, num_heads: int) -> None:
+        super().__init__()
+        self.q = nn.Linear(c, c, bias=False)
+        self.k = nn.Linear(c, c, bias=False)
+        self.v = nn.Linear(c, c, bias=False)
+        self.ma = nn.MultiheadAttention(embed_dim=c, num_heads=num_heads)
+        self.fc1 = nn.Linear(c, c, bias=False)
+        self.fc2 = nn.Linear(c, c, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.ma(self.q(x), self.k(x), self.v(x), need_weights=False)[0] + x
+        return self.fc2(self.fc1(x)) + x
+
+
+class TransformerBlock(nn.Module):
+    """Pixels as a sequence with a learned linear embedding, through ``TransformerLayer``s (arXiv 1706.03762):
+    (B, c1, H, W) -> (B, c2, H, W)."""
+
+    def __init__(self, c1: int, c2: int, num_heads: int, num_layers: int) -> None:
+        super().__init__()
+        self.conv = Conv(c1, c2) if c1 != c2 else None
+        self.linear = nn.Linear(c2, c2)
+        self.tr = nn.Sequential(*(TransformerLayer(c2, num_heads) for _ in range(num_layers)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.conv is None else self.conv(x)
+        pixels = x.flatten(2).permute(2, 0, 1)
+        return self.tr(pixels + self.linear(pixels)).permute(1, 2, 0).reshape(x.shape)
+
+
+class C3TR(C3):
+    """``C3`` with a ``TransformerBlock`` of four heads inside."""
+
+    def _inner(self, hidden: int, n: int, shortcut: bool, g: int) -> nn.Module:
+        return TransformerBlock(hidden, hidden, 4, n)
+
+
 class C3SPP(C3):
     """``C3`` with one ``SPP`` inside; ``k`` are the pooling windows."""
 

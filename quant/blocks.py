@@ -89,7 +89,7 @@ def staircase(x: Tensor, step: Tensor | float, low: Tensor | float, high: Tensor
         step: one value or R.
         low, high: smallest and largest code less the zero point; numbers, or one value each.
     """
-    if kernels.active(step):
+    if kernels.active(x, step):
         return kernels.run(kernels.staircase, [x], step, low, high)[0]
     y = torch.empty_like(x)
     low, high = number(low), number(high)

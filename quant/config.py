@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from quant.quantizer import MethodOptions
 from quant.registry import QUANTIZERS
 from utils.errors import UserError
+from utils.yaml_file import read_yaml
 
 BITS = tuple(range(2, 9))
 AUTO_COSTS = ("parameters", "bops")
@@ -91,8 +90,8 @@ class FusionConfig:
     Attributes:
         enabled: insert it.
         scope: ``neck``, the Concats and Adds of the network's own rows; ``all``, those inside C3 and other blocks too.
-        balance: ``learnable`` trains the branch weights, ``feedback`` moves them by gradient energies, ``fixed`` keeps
-            them at 1.
+        balance: ``learnable`` trains the branch weights, ``feedback`` moves them by gradient energies, ``backward``
+            scales the branches' gradients instead and leaves the forward pass alone, ``fixed`` keeps the weights at 1.
         fold: ``anneal`` fades the normalisation out during training, ``finetune`` replaces its statistics by constants
             and trains a little more, ``keep`` leaves it in the exported graph.
         paper: the paper's form (no factor K, no calibrated scale, no ramp), for comparison.
@@ -116,7 +115,12 @@ class FusionConfig:
 
     def validate(self, where: str) -> None:
         _choice(f"{where}.scope", self.scope, ("neck", "all"))
-        _choice(f"{where}.balance", self.balance, ("learnable", "feedback", "fixed"))
+        _choice(f"{where}.balance", self.balance, ("learnable", "feedback", "backward", "fixed"))
+        if self.balance == "backward" and (self.paper or self.fold != "anneal"):
+            raise UserError(
+                f"{where}: balance: backward has no normalisation, so paper and fold: {self.fold} mean nothing; leave "
+                "both out"
+            )
         _choice(f"{where}.fold", self.fold, ("anneal", "finetune", "keep"))
         if self.paper and self.fold == "anneal":
             raise UserError(f"{where}: paper: true has no ramp to anneal; set {where}.fold to finetune or keep")
@@ -134,7 +138,9 @@ class AttentionConfig:
 
     ``divergence: auto`` takes kl for LSQ and PACT, js for N2UQ and DSQ. ``layers`` are model layer indices; None takes
     those that feed Detect. ``weight`` 0.005 gives kl over softmax maps about a tenth of the task's gradient (at 1 it is
-    20 times the task's). ``saliency_gamma`` weighs the quantization error under ``attention: qaware``.
+    20 times the task's). With ``gradient_ratio`` above 0 ``weight`` is only the first one: it is moved so that the
+    loss's gradient where Detect reads is this share of the task's. ``saliency_gamma`` weighs the quantization error
+    under ``attention: qaware``.
     """
 
     enabled: bool = False
@@ -143,6 +149,7 @@ class AttentionConfig:
     normalisation: str = "softmax"
     temperature: float = 1.0
     weight: float = 0.005
+    gradient_ratio: float = 0.0
     quantized: bool = False
     saliency_gamma: float = 1.0
     layers: list[int] | None = None
@@ -153,6 +160,9 @@ class AttentionConfig:
         _choice(f"{where}.normalisation", self.normalisation, ("softmax", "l1"))
         _number(f"{where}.temperature", self.temperature, 1e-3, 1e3)
         _number(f"{where}.weight", self.weight, 0, 1e6)
+        _number(f"{where}.gradient_ratio", self.gradient_ratio, 0, 1e3)
+        if self.enabled and self.gradient_ratio and not self.weight:
+            raise UserError(f"{where}.gradient_ratio: a weight of 0 has no gradient to scale; leave {where}.weight out")
         _number(f"{where}.saliency_gamma", self.saliency_gamma, 0, 1e3)
         _layer_numbers(f"{where}.layers", self.layers)
 
@@ -165,13 +175,16 @@ DISTILLATION_WEIGHTS = {"feature_mse": 0.05, "channel_wise": 0.12, "logits": 0.0
 class DistillationConfig:
     """Further losses on the teacher's forward pass that ADA also uses; see ``quant.distillation``. 0 switches one off.
 
-    ``distillation: feature_mse``, a list of names, or ``feature_mse: true`` take the weights that were tuned.
+    By default the network learns from the float one's raw maps. ``distillation: false`` switches everything off;
+    ``distillation: feature_mse`` or a list of names switches on these terms and no others.
+    ``gradient_ratio`` is that of each term, as in ``ada``: weights are only the first ones unless it is 0.
     ``temperature`` is that of ``channel_wise``; ``layers`` as in ``ada``.
     """
 
     feature_mse: float = 0.0
     channel_wise: float = 0.0
-    logits: float = 0.0
+    logits: float = DISTILLATION_WEIGHTS["logits"]
+    gradient_ratio: float = 1.0
     temperature: float = 1.0
     layers: list[int] | None = None
 
@@ -183,8 +196,28 @@ class DistillationConfig:
     def validate(self, where: str) -> None:
         for name in DISTILLATION_WEIGHTS:
             _number(f"{where}.{name}", getattr(self, name), 0, 1e6)
+        _number(f"{where}.gradient_ratio", self.gradient_ratio, 0, 1e3)
         _number(f"{where}.temperature", self.temperature, 1e-3, 1e3)
         _layer_numbers(f"{where}.layers", self.layers)
+
+
+@dataclass
+class NormConfig:
+    """Batch norms during quantized training; see ``quant.norms``.
+
+    Attributes:
+        reestimate: training images (augmented) from which the statistics of the averaged network are computed anew
+            before it is validated; 0 leaves them as they were averaged.
+        freeze: share of the epochs, at their end, in which batch norms normalise by their running statistics, which
+            stand still.
+    """
+
+    reestimate: int = 128
+    freeze: float = 0.0
+
+    def validate(self, where: str) -> None:
+        _number(f"{where}.reestimate", self.reestimate, 0, 100000)
+        _number(f"{where}.freeze", self.freeze, 0, 1)
 
 
 @dataclass
@@ -238,7 +271,7 @@ class QuantConfig:
         layers: regular expression (full match of a convolution's module name) -> ``LayerOverride``.
         auto_bits: a budget from which ``layers`` is filled.
         options: of the method, see its ``Options``; all have ``paper``.
-        calibration, gabfusion, ada, distillation: see their classes.
+        calibration, batch_norm, gabfusion, ada, distillation: see their classes.
     """
 
     method: str = "lsq"
@@ -251,6 +284,7 @@ class QuantConfig:
     auto_bits: AutoBits = field(default_factory=AutoBits)
     options: dict[str, Any] = field(default_factory=dict)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    batch_norm: NormConfig = field(default_factory=NormConfig)
     gabfusion: FusionConfig = field(default_factory=FusionConfig)
     ada: AttentionConfig = field(default_factory=AttentionConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
@@ -274,7 +308,8 @@ class QuantConfig:
         _choice(f"{where}: target", self.target, ("onnxruntime", "tensorrt"))
         _choice(f"{where}: first_layer_bits", self.first_layer_bits, BITS)
         _choice(f"{where}: detect_bits", self.detect_bits, BITS)
-        for name in ("weight", "activation", "auto_bits", "calibration", "gabfusion", "ada", "distillation"):
+        blocks = ("weight", "activation", "auto_bits", "calibration", "batch_norm", "gabfusion", "ada", "distillation")
+        for name in blocks:
             getattr(self, name).validate(f"{where}: {name}")
         schemes = ("auto", *QUANTIZERS[self.method].schemes)
         _choice(f"{where}: activation.scheme under method {self.method}", self.activation.scheme, schemes)
@@ -429,12 +464,14 @@ def _block(value: Any, path: str) -> Any:
 
 def _distillation_block(value: Any) -> Any:
     """Names of terms, or ``true`` in place of a weight, become the weights of ``DISTILLATION_WEIGHTS``."""
+    if value is False:
+        value = []
     if isinstance(value, str):
         value = [value]
     if isinstance(value, list):
-        value = {str(name): True for name in value}
-    if value is False or not isinstance(value, dict):
-        return {} if value is False else value
+        value = dict.fromkeys(DISTILLATION_WEIGHTS, False) | {str(name): True for name in value}
+    if not isinstance(value, dict):
+        return value
     defaults = {True: DISTILLATION_WEIGHTS, False: dict.fromkeys(DISTILLATION_WEIGHTS, 0.0)}
     return {
         key: defaults[number][key] if isinstance(number, bool) and key in DISTILLATION_WEIGHTS else number
@@ -503,11 +540,10 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     here = Path(__file__).parent / "recipes"
     for candidate in (given, here / given, here / f"{given}.yaml"):
         if candidate.is_file():
-            try:
-                values = yaml.safe_load(candidate.read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise UserError(f"{candidate}: not a YAML file ({error})") from None
-            return values or {}
+            values = read_yaml(candidate) or {}
+            if not isinstance(values, dict):
+                raise UserError(f"{candidate}: a recipe is a mapping of keys such as method and weight")
+            return values
     names = ", ".join(sorted(p.name for p in here.glob("*.yaml"))) or "none"
     raise UserError(f"--recipe {path}: no such file; recipes that come along: {names}")
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quant.ada import kl_divergence, log_distribution
+from utils import distributed
 
 SIGNAL_FLOOR = 1e-6  # mean square below which a teacher's feature counts as this strong
 
@@ -33,7 +34,8 @@ def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
     constant in the teacher may count without limit.
     """
     student, teacher = student.float(), teacher.float()
-    return (student - teacher).square().mean() / teacher.square().mean().clamp_min(SIGNAL_FLOOR)
+    energy = distributed.mean(teacher.square().mean())  # several processes have parts of one batch
+    return (student - teacher).square().mean() / energy.clamp_min(SIGNAL_FLOOR)
 
 
 def channel_wise(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -59,7 +61,7 @@ def head_logits(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         classes = bernoulli_kl(theirs[..., 5:], ours[..., 5:]).sum(-1)
         total = total + (bernoulli_kl(theirs[..., 4], ours[..., 4]) + objectness * (boxes + classes)).sum()
         objects = objects + objectness.sum()
-    return total / objects.clamp_min(1.0)
+    return total / distributed.mean(objects).clamp_min(1 / distributed.world_size())
 
 
 def distillation_losses(

@@ -252,7 +252,7 @@ class _Curve:
 
     def apply(self, step: Tensor, gradient: Tensor, x: Tensor, y: Tensor | None) -> tuple:
         """The gradient of ``x`` and the four sums of ``backward`` for the whole tensor, one each or R."""
-        if kernels.active(step):
+        if kernels.active(x, step):
             scale = (self.gain / self.divisor, self.divisor)
             scale = torch.cat([torch.as_tensor(value, device=x.device).reshape(1) for value in scale])
             gradient_x, moved, outside, *others = kernels.run(

@@ -18,17 +18,30 @@ G_i of the branches (version 2, eq. 7 to 10):
     Gbar_i  <- (1 - beta) * Gbar_i + beta * G_i,   G_i = ||dL / dF_i|| through this node
     lambda_i <- lambda_i - eta * (log Gbar_i - mean_j log Gbar_j)
 
+``backward`` is ours and leaves the forward pass alone (y = h, alpha = 1/K, w = 0): what balances is the gradient that
+branch i receives through this node, which is multiplied by
+
+    c_i = clip(exp(mean_j log Gbar_j - log Gbar_i), 1/4, 4)
+
+so that all have the geometric mean of the norms. Features stay as they were and nothing is left to fold.
+
 All branches of a sum receive one gradient, so at an Add the energies differ by the factors alone and the feedback law
-can only pull them back to 1; weighted sums need ``learnable``.
+can only pull them back to 1 (``backward``: c_i = 1); weighted sums need ``learnable``.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
+from utils import distributed
+
 STATISTICS_EPSILON = 1e-5
 OPERATIONS = ("concat", "add")
+GRADIENT_LIMIT = 4.0  # of the factor on a branch's gradient under ``backward``, and of its inverse
 
 
 def join(branches: list[Tensor], operation: str) -> Tensor:
@@ -46,7 +59,7 @@ class GABFusion(nn.Module):
 
     Args:
         branches: K, the number of inputs.
-        balance: ``learnable``, ``feedback`` or ``fixed``.
+        balance: ``learnable``, ``feedback``, ``backward`` or ``fixed``.
         paper: the paper's form.
         beta, eta, epsilon: constants of the feedback law.
         operation: ``concat`` or ``add``.
@@ -106,8 +119,8 @@ class GABFusion(nn.Module):
         return alpha if self.paper else alpha * self.branches
 
     def set_strength(self, strength: float) -> None:
-        """Sets w, 0 (plain fusion) to 1 (normalised)."""
-        self._strength = float(strength)
+        """Sets w, 0 (plain fusion) to 1 (normalised); under ``backward`` it stays 0."""
+        self._strength = 0.0 if self.balance == "backward" else float(strength)
         self.strength.fill_(self._strength)
 
     def clear_monitors(self) -> None:
@@ -186,12 +199,24 @@ class GABFusion(nn.Module):
     # --- gradient balance -------------------------------------------------------------------------------------------
 
     def _energy_hook(self, index: int):
-        def record(gradient: Tensor) -> None:
+        def record(gradient: Tensor) -> Tensor | None:
             # At the scaled branch: a hook on F_i itself would also see F_i's other readers. The chain rule's factor
             # K * alpha_i gives the gradient that reaches F_i through this node (eq. 7).
             self.energy[index] = torch.linalg.vector_norm(gradient.detach().float()) * self.factors()[index].detach()
+            if self.balance == "backward":
+                return gradient * self.gradient_factors()[index].to(gradient.dtype)
+            return None
 
         return record
+
+    @torch.no_grad()
+    def gradient_factors(self) -> Tensor:
+        """(K,) c_i of the present averages of the energies; 1 before there are any."""
+        if self.updates == 0:
+            return torch.ones_like(self.energy_average)
+        logarithm = torch.log(self.energy_average + self.epsilon)
+        limit = math.log(GRADIENT_LIMIT)
+        return torch.exp((logarithm.mean() - logarithm).clamp(-limit, limit))
 
     @torch.no_grad()
     def update_balance(self, gradient_scale: float = 1.0) -> None:
@@ -236,6 +261,22 @@ def update_balance(model: nn.Module, gradient_scale: float = 1.0) -> None:
     """One step of the controller at every fusion node: after each backward pass that leads to an optimizer step."""
     for module in fusion_nodes(model).values():
         module.update_balance(gradient_scale)
+
+
+@torch.no_grad()
+def share_energies(nodes: Iterable[GABFusion]) -> None:
+    """Replaces the energies of the last backward pass by those of the whole batch, of which each process had a part.
+
+    Squared norms add up. Each process's loss counts for all of them, as gradients are averaged afterwards, so that the
+    root is divided by their number.
+    """
+    nodes = list(nodes)
+    if not distributed.is_active() or not nodes:
+        return
+    squares = distributed.total(torch.cat([node.energy for node in nodes]).square())
+    energies = squares.sqrt() / distributed.world_size()
+    for node, energy in zip(nodes, energies.split([node.branches for node in nodes]), strict=True):
+        node.energy.copy_(energy)
 
 
 def strength_at(progress: float, ramp: float = 0.05, hold: float = 0.5, release: float = 0.9) -> float:

@@ -1,10 +1,10 @@
-"""The quantizers' elementwise arithmetic as formulas for ``torch.compile``: one pass forward, one backward.
+"""The quantizers' elementwise arithmetic as kernels: one pass forward, one backward.
 
-``quant.compilation`` compiles them (with a C++ compiler on a CPU, Triton on a GPU); from then on every quantizer with
-a single step uses them. Without it, or where compiling fails, the same results come from ``quant.blocks``, piece by
-piece.
+The formulas below are compiled by ``torch.compile`` for an accelerator, and stand in ``native.cpp`` for a CPU.
+``quant.compilation`` switches kernels on; without, or where compiling fails, the same results come from
+``quant.blocks``, piece by piece.
 
-All tensors are one-dimensional; x and gradients may be shortened types, in between is float32.
+All tensors of the formulas are one-dimensional; x and gradients may be shortened types, in between is float32.
 """
 
 from __future__ import annotations
@@ -16,22 +16,36 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from quant import native
 from quant.layouts import unflat
 
-# Each is a comparison in the kernel: with the 15 of 4 bits forward takes 0.6 times a table's time (more: unmeasured).
+# Each is a comparison in the kernel. With the 15 of 4 bits that takes 0.6 times a table's time on a CPU; more of them,
+# or an accelerator, have not been measured.
 MOST_THRESHOLDS = 15
 _on = False
 
 
-def active(steps: Tensor | float, thresholds: int = 0) -> bool:
-    """Whether compiled kernels are to be used: only for a single step, and for few thresholds."""
-    return _on and (not isinstance(steps, Tensor) or steps.numel() == 1) and thresholds <= MOST_THRESHOLDS
+def active(x: Tensor, steps: Tensor | float, thresholds: int = 0) -> bool:
+    """Whether kernels are to be used for ``x``. Compiled formulas take a single step, and few thresholds."""
+    if not _on or x.device.type == "cpu":
+        return native_active(x)
+    return (not isinstance(steps, Tensor) or steps.numel() == 1) and thresholds <= MOST_THRESHOLDS
 
 
-def switch(on: bool) -> None:
-    """Whether quantizers use these kernels from now on; ``quant.compilation.compile_quantizers`` tries them first."""
+def native_active(x: Tensor) -> bool:
+    """Whether the functions of ``quant.native`` are to be used for ``x``, whatever a formula is limited to."""
+    return _on and native.usable(x)
+
+
+def switch(on: bool) -> bool:
+    """Whether quantizers use these kernels from now on; ``quant.compilation.compile_quantizers`` tries them first.
+
+    Returns:
+        Whether they did before.
+    """
     global _on
-    _on = on
+    before, _on = _on, on
+    return before
 
 
 @cache
@@ -43,13 +57,20 @@ def compiled(kernel: Callable) -> Callable:
 
 
 def run(kernel: Callable, tensors: Sequence[Tensor], *values: Tensor | float) -> tuple[Tensor, ...]:
-    """Calls the compiled ``kernel``.
+    """Calls the compiled form of ``kernel``.
 
     Args:
         kernel: one of those below.
         tensors: dense, of one layout; results of their size get that layout.
         values: single values or short vectors.
     """
+    if tensors[-1].device.type == "cpu":
+        return getattr(native, kernel.__name__)(*tensors, *values)
+    return run_compiled(kernel, tensors, *values)
+
+
+def run_compiled(kernel: Callable, tensors: Sequence[Tensor], *values: Tensor | float) -> tuple[Tensor, ...]:
+    """``run`` by ``torch.compile``, whatever the device."""
     like = tensors[-1]
     values = (
         value.reshape(-1) if isinstance(value, Tensor) else torch.full((1,), value, device=like.device)
@@ -82,7 +103,7 @@ def uniform_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """LSQ's gradients (``quant.primitives``): of x; the sum of dL/ds times s; the sum of the gradient outside."""
     gradient, v = gradient.float(), x.float()
-    passed = torch.where((v > low * step) & (v < high * step), gradient, 0.0)
+    passed = torch.where((v <= low * step) | (v >= high * step), 0.0, gradient)
     by_step = gradient * (v / step).round().clamp(low, high) * step - passed * v
     return passed.to(x.dtype), by_step.sum(), (gradient - passed).sum()
 
@@ -90,7 +111,7 @@ def uniform_backward(
 def clipped_backward(gradient: Tensor, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """PACT's gradients: of x, and the sums of the gradient at and above ``high`` and at and below ``low`` (values)."""
     gradient, v = gradient.float(), x.float()
-    passed = torch.where((v > low) & (v < high), gradient, 0.0)
+    passed = torch.where((v <= low) | (v >= high), 0.0, gradient)
     above = torch.where(v >= high, gradient, 0.0)
     return passed.to(x.dtype), above.sum(), (gradient - passed - above).sum()
 
@@ -110,7 +131,7 @@ def soft_backward(
     t = v / step
     hard = t.round().clamp(low, high) * step
     t = t - low
-    passed = torch.where((t > 0) & (t < high - low), gradient, 0.0)
+    passed = torch.where((t <= 0) | (t >= high - low), 0.0, gradient)
     turned = k * (t - t.floor() - 0.5)
     soft = 1 - 2 / (torch.exp(2 * turned) + 1)  # tanh, which takes 2.4 times as long
     gradient_x = passed * (1 - soft * soft) * gain

@@ -83,7 +83,7 @@ class Monitors:
                 )
             self._check_statistics(name, node)
             node.clear_monitors()
-        if finished and self.nodes and balance != "fixed" and self.inert(balance):
+        if finished and self.nodes and balance not in ("fixed", "backward") and self.inert(balance):
             self.warn(
                 "inert",
                 f"GABFusion: every branch factor K * alpha stayed within {INERT_FACTOR} of 1, so alpha did nothing. "

@@ -75,12 +75,14 @@ class ExportedGraph:
     """An ONNX model and where the network's quantizers went.
 
     ``codes`` maps each call of an ``ActivationGrid`` module (``call_name``) to the integer tensor that stands where its
-    output was (after a concatenation, if the quantizers were moved in front of it).
+    output was (after a concatenation, if the quantizers were moved in front of it). ``decoded`` is the tensor with the
+    network's output.
     """
 
     model: ModelProto
     codes: dict[str, str] = field(default_factory=dict)
     quantizers: list[QuantizerNode] = field(default_factory=list)
+    decoded: str = OUTPUT_NAME
 
 
 # --- tracing ---------------------------------------------------------------------------------------------------------
@@ -111,7 +113,7 @@ def _activation_grid(
 
 
 @torch.library.custom_op(f"{DOMAIN}::integer_weight", mutates_args=())
-def _integer_weight(codes: Tensor, scale: Tensor, bits: int, multiplier: int) -> Tensor:
+def integer_weight(codes: Tensor, scale: Tensor, bits: int, multiplier: int) -> Tensor:
     return codes.to(scale.dtype) * scale.reshape(-1, *[1] * (codes.dim() - 1))
 
 
@@ -143,7 +145,7 @@ def _register_symbolics() -> None:
         torch.onnx.register_custom_op_symbolic(f"{DOMAIN}::{name}", symbolic, 9)
 
 
-class _TracedGrid(nn.Module):
+class TracedGrid(nn.Module):
     def __init__(self, grid: ActivationGrid, name: str) -> None:
         super().__init__()
         steps = [float(grid.step), float(grid.output_step)]
@@ -172,8 +174,8 @@ class _TracedConvolution(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # torch's name: some call with keywords
         before, after = getattr(self, "input_quantizer", None), getattr(self, "output_quantizer", None)
         x = input if before is None else before(input)
-        weight = _integer_weight(self.weight, self.scale, self.bits, self.multiplier)
-        bias = self.bias if self.bias_scale is None else _integer_weight(self.bias, self.bias_scale, 32, 1)
+        weight = integer_weight(self.weight, self.scale, self.bits, self.multiplier)
+        bias = self.bias if self.bias_scale is None else integer_weight(self.bias, self.bias_scale, 32, 1)
         x = F.conv2d(x, weight, bias, *self.settings)
         return x if after is None else after(x)
 
@@ -187,7 +189,7 @@ def traceable(model: nn.Module) -> nn.Module:
     def visit(parent: nn.Module) -> None:
         for child_name, child in list(parent.named_children()):
             if isinstance(child, ActivationGrid):
-                replaced.setdefault(child, _TracedGrid(child, names[child]))
+                replaced.setdefault(child, TracedGrid(child, names[child]))
             else:
                 visit(child)
                 if isinstance(child, IntegerConv2d):
@@ -200,7 +202,7 @@ def traceable(model: nn.Module) -> nn.Module:
 
 
 def _is_quantized(model: nn.Module) -> bool:
-    return any(isinstance(module, _TracedGrid | _TracedConvolution) for module in model.modules())
+    return any(isinstance(module, TracedGrid | _TracedConvolution) for module in model.modules())
 
 
 def trace(model: nn.Module, images: Tensor, opset: int = DEFAULT_OPSET, dynamic: bool = False) -> ModelProto:
@@ -388,6 +390,21 @@ def sink_dequantizers(graph: GraphProto) -> None:
         nodes.append(helper.make_node("Concat", [source.input[0] for source in sources], [codes], axis=axis))
         nodes.append(_dequantize(codes, node.output[0], **grids[0]))
     _write_nodes(graph, nodes)
+
+
+def sink_through_transposes(graph: GraphProto) -> None:
+    """Transposes and reshapes codes instead of values."""
+    made_by = producers(graph.node)
+    for node in list(graph.node):
+        source = made_by.get(node.input[0]) if node.op_type in ("Transpose", "Reshape") else None
+        if source is None or source.op_type != "Dequantize":
+            continue
+        values, codes = node.output[0], f"{node.output[0]}.codes"
+        node.input[0], node.output[0] = source.input[0], codes
+        moved = _dequantize(codes, values, **attributes(source))
+        position = next(index for index, other in enumerate(graph.node) if other.output[:1] == [codes])
+        graph.node.insert(position + 1, moved)
+        made_by[values] = moved
 
 
 def _moved_in_front(node: NodeProto, source: NodeProto) -> list[NodeProto] | None:
@@ -730,6 +747,7 @@ def build(
         requantize_concats(graph)
     else:
         sink_dequantizers(graph)
+        sink_through_transposes(graph)
         hoist_quantizers(graph)
     merged = merge_duplicates(graph)
     remove_unused(graph)

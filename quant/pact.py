@@ -116,7 +116,7 @@ class _ClippedFakeQuantize(torch.autograd.Function):
     def backward(ctx, gradient):
         x, low, high = ctx.saved_tensors
         gradient = same_layout(gradient, x)
-        if kernels.active(low):
+        if kernels.active(x, low):
             gradient_x, above, below = kernels.run(kernels.clipped_backward, [gradient, x], low, high)
         else:
             gradient_x, above, below = _clipped_backward(gradient, x, low, high)

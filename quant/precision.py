@@ -43,6 +43,7 @@ from quant.prepare import example_input, placed_bits, trace_convolutions
 from quant.quantizer import Quantizer
 from quant.registry import QUANTIZERS
 from quant.samples import open_samples
+from utils.command import exit_code
 from utils.devices import limit_threads, select_device
 from utils.errors import UserError
 from utils.hyp import DEFAULT_FILE, load_hyp
@@ -508,12 +509,7 @@ def run(options: argparse.Namespace) -> list[Sensitivity]:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     options = parse_options(arguments)
-    try:
-        run(options)
-    except UserError as error:
-        LOGGER.error(f"ERROR: {error}")
-        return 1
-    return 0
+    return exit_code("ERROR", lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ class _UniformFakeQuantize(torch.autograd.Function):
         y = staircase(x, divisor, ctx.low, ctx.high)
         # The convolution behind keeps a float32 y anyway. One that was shortened would spoil y - x, and what follows an
         # output quantizer may overwrite it: it is then made again.
-        keep_output = keep_output and y.dtype is torch.float32 and not kernels.active(divisor)
+        keep_output = keep_output and y.dtype is torch.float32 and not kernels.active(x, divisor)
         ctx.save_for_backward(x, y if keep_output else None, step, zero_point)
         return y
 
@@ -184,7 +184,7 @@ def _uniform_backward(
 ) -> tuple[Tensor, Iterator[Tensor | float]]:
     """The gradient of x, and one or R sums: of dL/ds times s, and of the gradient outside the range if ``affine`` (else
     anything)."""
-    if kernels.active(step):
+    if kernels.active(x, step):
         gradient_x, *sums = kernels.run(kernels.uniform_backward, [gradient, x], step, low, high)
         return gradient_x, (number(value) for value in sums)
     gradient_x, buffer, sums = torch.empty_like(x), Buffer(), []

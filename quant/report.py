@@ -32,6 +32,7 @@ from quant.layers import QuantConv2d
 from quant.prepare import check_calibrated, example_input
 from quant.primitives import per_channel
 from quant.quantizer import IntegerForm, Quantizer
+from utils.command import exit_code
 from utils.errors import UserError
 from utils.log import LOGGER
 
@@ -530,12 +531,7 @@ def run(options: argparse.Namespace) -> list[LayerReport]:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     options = parse_options(arguments)
-    try:
-        run(options)
-    except UserError as error:
-        LOGGER.error(f"ERROR: {error}")
-        return 1
-    return 0
+    return exit_code("ERROR", lambda: run(options))
 
 
 if __name__ == "__main__":

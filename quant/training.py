@@ -5,6 +5,8 @@ All distillation, ADA's and that of ``quant.distillation``, comes from one forwa
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -12,12 +14,17 @@ from models.yolo import DetectionModel
 from quant.ada import AttentionAlignment, freeze_teacher
 from quant.config import QuantConfig
 from quant.distillation import distillation_losses
-from quant.gabfusion import GABFusion, calibrate_fusion, fusion_nodes, set_strength, strength_at
+from quant.gabfusion import GABFusion, calibrate_fusion, fusion_nodes, set_strength, share_energies, strength_at
 from quant.monitors import Monitors
 from quant.prepare import fusion_readers, penalty, quantizers, reading_quantizers
 from quant.samples import labelled_batches
+from utils import distributed
 from utils.errors import UserError
 from utils.log import LOGGER
+
+RATIO_MEASUREMENTS = 16  # an epoch, where a distillation weight follows a gradient ratio
+RATIO_STEP = 1.5
+WEIGHT_RANGE = 100.0  # at 4 and 3 bits weights moved by 7 to 34 times
 
 
 class QuantizedTraining:
@@ -47,6 +54,8 @@ class QuantizedTraining:
         self.first_steps = {name: q.current_step().detach().mean() for name, q in quantizers(model).items()}
         self.progress = 0.0
         self.term_weights: dict[str, float] = {}  # distillation term -> weight
+        self.target_ratios: dict[str, float] = {}  # distillation term -> share of the task's gradient it is to have
+        self.weights_fitted = False  # whether these ratios have been measured once
         self._term_sums: dict[str, Tensor] = {}
         self._term_count = 0
         self.gradient_ratios: dict[str, float] = {}
@@ -61,11 +70,16 @@ class QuantizedTraining:
     def _set_up_distillation(self, teacher: nn.Module | None) -> None:
         if teacher is None:
             raise UserError(
-                "--ada and distillation need a float teacher: give --teacher FILE, or let the float phase train one"
+                "--ada and distillation need a float teacher: give --teacher FILE, let the float phase train one, or "
+                "switch them off (in a recipe: distillation: false)"
             )
         ada, other = self.config.ada, self.config.distillation
         self.teacher = freeze_teacher(teacher)
         self.term_weights = ({"ada": ada.weight} if ada.enabled else {}) | other.weights
+        self.given_weights = dict(self.term_weights)
+        ratios = dict.fromkeys(other.weights, other.gradient_ratio)
+        ratios["ada"] = ada.gradient_ratio if ada.enabled else 0.0
+        self.target_ratios = {name: ratio for name, ratio in ratios.items() if ratio}
         # Without features of its own a term is still measured where Detect reads.
         self.ada_layers = self._layers(ada.layers) if ada.enabled else ()
         self.layers = self._layers(other.layers) if other.weights else ()
@@ -163,6 +177,35 @@ class QuantizedTraining:
         self._term_count += 1
         return {name: loss * (self.term_weights[name] * images.shape[0]) for name, loss in losses.items()}
 
+    def measures(self, index: int, batches: int) -> bool:
+        """Whether the gradients of batch ``index`` of an epoch's ``batches`` are to be compared: in the middle, and
+        where weights follow them before the first step and ``RATIO_MEASUREMENTS`` times an epoch."""
+        every = max(batches // RATIO_MEASUREMENTS, 1) if self.target_ratios else batches
+        fits = bool(self.target_ratios) and (not self.weights_fitted or index % every == 0)
+        return fits or index == batches // 2
+
+    def fit_weights(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Moves the weights of terms with a ``gradient_ratio`` by the ratios just measured, and ``losses`` with them.
+
+        The first time a weight goes where it has to be, later at most by ``RATIO_STEP`` at once: one batch's gradients
+        are noisy. It stays within a factor of ``WEIGHT_RANGE`` of the given one, so that a network that agrees with its
+        teacher already (8 bits) is not driven by what is left of the difference.
+        """
+        for name, target in self.target_ratios.items():
+            ratio = self.gradient_ratios[name]
+            if not 0 < ratio < math.inf:  # nothing to learn in this batch, or float16 has under- or overflown
+                continue
+            change = target / ratio
+            if self.weights_fitted:
+                change = min(max(change, 1 / RATIO_STEP), RATIO_STEP)
+            given, weight = self.given_weights[name], self.term_weights[name]
+            change = min(max(weight * change, given / WEIGHT_RANGE), given * WEIGHT_RANGE) / weight
+            self.term_weights[name] *= change
+            self.gradient_ratios[name] *= change
+            losses = {**losses, name: losses[name] * change}
+        self.weights_fitted = True
+        return losses
+
     def measure_ratios(self, task_loss: Tensor, losses: dict[str, Tensor], features: dict[int, Tensor]) -> None:
         """Ratio of each loss's gradient norm at the features to the task's (one partial backward pass each)."""
         tensors = list(features.values())
@@ -170,13 +213,14 @@ class QuantizedTraining:
         def norm(loss: Tensor) -> Tensor:
             gradients = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
             found = [torch.linalg.vector_norm(gradient.float()) for gradient in gradients if gradient is not None]
-            return torch.stack(found).norm()
+            return distributed.total(torch.stack(found).square().sum()).sqrt()
 
         task = norm(task_loss).clamp_min(1e-12)
         self.gradient_ratios = {name: float(norm(loss) / task) for name, loss in losses.items()}
 
     def after_backward(self, gradient_scale: float = 1.0) -> None:
         """One controller update at every fusion node; call it once per optimizer step that is not skipped."""
+        share_energies(self.nodes.values())
         for node in self.nodes.values():
             node.update_balance(gradient_scale)
 
@@ -215,16 +259,26 @@ class QuantizedTraining:
         monitors.check_regression(values.get("val/box_loss", 0.0), values.get("val/cls_loss", 0.0))
         return found
 
+    def mean_steps(self) -> dict[str, float]:
+        """The mean step of every quantizer, for TensorBoard: ``steps/<name of the quantizer>``."""
+        steps = {name: q.current_step().detach().mean() for name, q in quantizers(self.model).items()}
+        return {
+            f"steps/{name}": value
+            for name, value in zip(steps, torch.stack(list(steps.values())).tolist(), strict=True)
+        }
+
     def _describe_distillation(self) -> dict[str, float]:
         if not self._term_count:
             return {}
         found = {}
         for name in self.term_weights:
-            loss, ratio = float(self._term_sums[name] / self._term_count), self.gradient_ratios.get(name, 0.0)
+            loss = float(distributed.mean(self._term_sums[name] / self._term_count))
+            ratio = self.gradient_ratios.get(name, 0.0)
             found |= {f"quant/{name}_loss": loss, f"quant/{name}_gradient_ratio": ratio}
             LOGGER.info(f"  {name} loss {loss:.4g}, gradient {ratio:.1%} of the task's at layers {list(self.features)}")
         keys = {name: "ada.weight" if name == "ada" else f"distillation.{name}" for name in self.term_weights}
-        self.monitors.check_ratios(self.gradient_ratios, keys)
+        given = {name: ratio for name, ratio in self.gradient_ratios.items() if name not in self.target_ratios}
+        self.monitors.check_ratios(given, keys)
         self._term_sums, self._term_count = {}, 0
         return found
 

@@ -8,7 +8,8 @@
    through without any, and their outputs must agree.
 
 A code may differ only where the value in front of the rounding lies on a boundary between two codes, but for float
-rounding. In question 1 both sides divide the same float by the same step: within ``QUANTIZER_TOLERANCE`` steps. In
+rounding. In question 1 both sides divide the same float by the same step: within ``QUANTIZER_TOLERANCE`` steps (more
+where float32 itself is coarser). In
 question 2 each side has added up a convolution in its own order: ``LAYER_TOLERANCE`` of the largest value of the
 tensor, in steps.
 
@@ -16,20 +17,21 @@ The codes of questions 2 and 3 come from a session that returns nothing but code
 front of the quantizers, which question 1 needs, could not run any convolution in integers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 from torch import Tensor, nn
 
 from models.backend import open_session
 from quant.fold import ActivationGrid
-from quant.onnx_graph import INPUT_NAME, OUTPUT_NAME, ExportedGraph, call_name
+from quant.onnx_graph import INPUT_NAME, ExportedGraph, call_name
 
-QUANTIZER_TOLERANCE = 1e-5
+QUANTIZER_TOLERANCE = 1e-5  # steps; with more than 42 levels the two float32 spacings that follow are more
+FLOAT_SPACING = 2**-23  # relative: a quotient of 255 is known to 1.5e-5, and runtimes multiply by the inverse
 LAYER_TOLERANCE = 1e-5
 # Absolute and relative difference of outputs (pixels, probabilities) that float rounding explains.
 OUTPUT_TOLERANCE = 1e-4
@@ -47,6 +49,7 @@ class CodeCount:
     different: int = 0
     unexplained: int = 0
     worst: float = 0.0  # largest distance from a boundary among the differing codes, in units of what is allowed
+    farthest: float = 0.0  # largest distance from a boundary among the explained ones, in steps
     where: dict[str, int] = field(default_factory=dict)  # quantizer -> unexplained codes
 
     def add(self, name: str, grid: ActivationGrid, x: Tensor, theirs: Tensor, allowed: float) -> None:
@@ -61,6 +64,7 @@ class CodeCount:
         self.different += distance.numel()
         self.unexplained += unexplained
         self.worst = max(self.worst, float(distance.max()))
+        self.farthest = max([self.farthest, *(distance[distance <= 1] * allowed).tolist()])
         if unexplained:
             self.where[name] = self.where.get(name, 0) + unexplained
 
@@ -96,6 +100,7 @@ class Verification:
     trained_equal: int = 0  # images on which that network and the file agree but for float rounding
     problems: list[str] = field(default_factory=list)
     quantized: bool = True
+    inside: bool = True  # whether codes were compared, not outputs only
 
     @property
     def holds(self) -> bool:
@@ -104,13 +109,17 @@ class Verification:
     def table(self) -> str:
         """Returns a few readable lines."""
         lines = []
-        if self.quantized:
+        if self.quantized and self.inside:
             for title, count in (("quantizers", self.quantizers), ("layers", self.layers)):
+                explained = count.different - count.unexplained
+                near = f" (within {count.farthest:.0e} steps)" if explained else ""
                 lines.append(
-                    f"  {title:<12}{count.compared:>12,} codes compared, {count.different:,} differ at a rounding "
-                    f"boundary, {count.unexplained:,} without a reason"
+                    f"  {title:<12}{count.compared:>12,} codes compared, {explained:,} differ at a rounding boundary"
+                    f"{near}, {count.unexplained:,} without a reason"
                 )
-            lines.append(f"  {'end to end':<12}{self.without_flip:>4} of {self.images} images without a flipped code")
+        if self.quantized:
+            how = "without a flipped code" if self.inside else "equal but for float rounding"
+            lines.append(f"  {'end to end':<12}{self.without_flip:>4} of {self.images} images {how}")
         largest = f"largest difference {self.largest_difference:.2g}"
         if self.quantized:
             largest = f"{largest} (images without a flip)" if self.without_flip else "a flipped code in every image"
@@ -124,15 +133,34 @@ class Verification:
         return "\n".join(lines)
 
 
-def _session_with(model: ModelProto, tensors: Sequence[str]):
-    """A session that returns inner tensors too."""
-    widened = ModelProto()
-    widened.CopyFrom(model)
-    present = {value.name for value in [*widened.graph.output, *widened.graph.input]}
-    for name in dict.fromkeys(tensors):
-        if name not in present:
-            widened.graph.output.add().name = name
-    return open_session(widened.SerializeToString(), "the exported graph")
+# Names of inner tensors -> a function from images (B, 3, H, W) to these tensors by name, the images among them.
+Runtime = Callable[[Sequence[str]], Callable[[Tensor], dict[str, np.ndarray]]]
+
+
+def in_onnxruntime(model: ModelProto) -> Runtime:
+    """A runtime for ``verify``: onnxruntime, in sessions that return inner tensors too."""
+
+    def open_with(tensors: Sequence[str]) -> Callable[[Tensor], dict[str, np.ndarray]]:
+        widened = ModelProto()
+        widened.CopyFrom(model)
+        present = {value.name for value in [*widened.graph.output, *widened.graph.input]}
+        for name in dict.fromkeys(tensors):
+            if name not in present:
+                widened.graph.output.add().name = name
+        session = open_session(widened.SerializeToString(), "the exported graph")
+        names = [name for name in dict.fromkeys(tensors) if name != INPUT_NAME]
+
+        def run(batch: Tensor) -> dict[str, np.ndarray]:
+            feed = {INPUT_NAME: (batch.half() if _is_half(model) else batch).numpy()}
+            return {**feed, **dict(zip(names, session.run(names, feed), strict=True))}
+
+        return run
+
+    return open_with
+
+
+def _is_half(model: ModelProto) -> bool:
+    return model.graph.input[0].type.tensor_type.elem_type == TensorProto.FLOAT16
 
 
 @contextmanager
@@ -170,7 +198,9 @@ def _check_quantizers(result: Verification, model: nn.Module, exported: Exported
     grids = dict(model.named_modules())
     for place in exported.quantizers:
         source, codes = (torch.from_numpy(tensors[name]) for name in (place.source, place.codes))
-        result.quantizers.add(place.module, grids[place.module], source, codes, QUANTIZER_TOLERANCE)
+        grid = grids[place.module]
+        tolerance = max(QUANTIZER_TOLERANCE, 2 * FLOAT_SPACING * grid.grid.levels)
+        result.quantizers.add(place.module, grid, source, codes, tolerance)
 
 
 def _check_layers(
@@ -184,7 +214,7 @@ def _check_layers(
 
     with _watched(model, watch):
         decoded = _decoded(model(image))
-    difference = (decoded - torch.from_numpy(tensors[OUTPUT_NAME])).abs()
+    difference = (decoded - torch.from_numpy(tensors[exported.decoded])).abs()
     allowed = OUTPUT_TOLERANCE * (1 + decoded.abs())
     if bool((difference > allowed).any()):
         result.problems.append(f"the head differs by {difference.max():.2g} from the network on the file's own codes")
@@ -246,13 +276,16 @@ def _relative(difference: Tensor, reference: Tensor) -> float:
 
 
 @torch.no_grad()
-def verify(model: nn.Module, exported: ExportedGraph, expected: Sequence[Reference]) -> Verification:
+def verify(
+    model: nn.Module, exported: ExportedGraph, expected: Iterable[Reference], runtime: Runtime | None = None
+) -> Verification:
     """Compares an exported file with the network it was made of, on the CPU.
 
     Args:
         model: the folded network (or a float one) in evaluation mode.
         exported: from ``quant.onnx_graph.build``.
-        expected: from ``references`` with the same model.
+        expected: from ``references`` with the same model; a generator keeps no more than one image in memory.
+        runtime: what runs the file, onnxruntime by default.
 
     Raises:
         UserError: onnxruntime is not installed or refuses the file.
@@ -260,14 +293,13 @@ def verify(model: nn.Module, exported: ExportedGraph, expected: Sequence[Referen
     result = Verification(quantized=bool(exported.quantizers))
     codes = [*exported.codes.values(), *(place.codes for place in exported.quantizers)]
     sources = [place.source for place in exported.quantizers]
-    plain = open_session(exported.model.SerializeToString(), "the exported graph")
+    opened = runtime or in_onnxruntime(exported.model)
     outputs = (codes, [*codes, *sources]) if result.quantized else ()
-    sessions = [_session_with(exported.model, names) for names in outputs]
-    half = plain.get_inputs()[0].type == "tensor(float16)"
+    plain, *sessions = [opened([exported.decoded, *names]) for names in ((), *outputs)]
+    half = _is_half(exported.model)
     for reference in expected:
         result.images += 1
-        feed = {INPUT_NAME: (reference.batch.half() if half else reference.batch).numpy()}
-        theirs = torch.from_numpy(plain.run([OUTPUT_NAME], feed)[0]).float()
+        theirs = torch.from_numpy(plain(reference.batch)[exported.decoded]).float()
         flipped = bool(sessions) and _check_inside(result, model, exported, reference, sessions)
         _compare_outputs(result, reference.decoded, theirs, flipped, HALF_TOLERANCE if half else OUTPUT_TOLERANCE)
         if reference.trained is not None:
@@ -275,6 +307,30 @@ def verify(model: nn.Module, exported: ExportedGraph, expected: Sequence[Referen
     for title, count in (("quantizer", result.quantizers), ("layer", result.layers)):
         for name, number in count.where.items():
             result.problems.append(f"{title} {name}: {number} codes differ away from any rounding boundary")
+    return result
+
+
+@torch.no_grad()
+def verify_outputs(
+    run: Callable[[Tensor], Tensor], expected: Iterable[Reference], quantized: bool, half: bool = False
+) -> Verification:
+    """Compares outputs only, of a runtime that shows no inner tensors.
+
+    Args:
+        run: images (B, 3, H, W) -> decoded rows (B, N, 5 + classes).
+        quantized: a code may lie on the other side of a rounding boundary, and change many behind it: then outputs may
+            differ, but not grossly.
+        half: the file computes in 16 bits.
+    """
+    result = Verification(quantized=quantized, inside=False)
+    tolerance = HALF_TOLERANCE if half else OUTPUT_TOLERANCE
+    for reference in expected:
+        result.images += 1
+        theirs = run(reference.batch).float().cpu()
+        equal = bool(((reference.decoded - theirs).abs() <= tolerance * (1 + reference.decoded.abs())).all())
+        _compare_outputs(result, reference.decoded, theirs, quantized and not equal, tolerance)
+        if reference.trained is not None:
+            _compare_trained(result, reference.trained, theirs)
     return result
 
 
@@ -286,12 +342,7 @@ def _check_inside(
     Returns:
         Whether any code of the free runs differs.
     """
-    feed = {INPUT_NAME: reference.batch.numpy()}
-    tensors, with_sources = (
-        {**feed, **dict(zip(names, session.run(names, feed), strict=True))}
-        for session in sessions
-        for names in [[value.name for value in session.get_outputs()]]
-    )
+    tensors, with_sources = (session(reference.batch) for session in sessions)
     _check_quantizers(result, model, exported, with_sources)
     _check_layers(result, model, exported, reference.batch, tensors)
     codes = reference.codes

@@ -4,10 +4,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from loopback import loopback
 
 import detect
 from models.yolo import DetectionModel
-from utils.checkpoint import save_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 
 NAMES = {0: "cat", 1: "dog"}
 
@@ -122,9 +123,84 @@ def test_mistakes_are_one_line(weights, images, tmp_path, capsys):
         (["--classes", "7"], "--classes 7"),
         (["--conf", "3"], "--conf-thres 3"),
         (["--imgsz", "1", "2", "3"], "--imgsz 1 2 3"),
-        (["--weights", "a.pt", "b.pt"], "2 files"),
+        (["--weights", "a.pt", "b.pt"], "a.pt"),
+        (["--update"], "--update"),
+        (["--dnn"], "onnxruntime"),
+        (["--source", "screen 0"], "screens are not read"),
+        (["--visualize", "--augment"], "--visualize"),
+        (["--line-thickness", "0"], "at least 1"),
+        (["--vid-stride", "0"], "1 or more"),
         (["--source", str(tmp_path / "none.jpg")], "none.jpg"),
     ):
         assert call(weights, images, tmp_path, *arguments) == 1
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("detect.py: ")]
         assert len(lines) == 1 and text in lines[0]
+
+
+def test_without_a_display_everything_else_is_done(weights, images, tmp_path, capsys, monkeypatch):
+    def no_window(*_arguments):
+        raise cv2.error("no display")
+
+    monkeypatch.setattr(cv2, "imshow", no_window)
+    assert call(weights, images, tmp_path, "--view-img") == 0
+    assert capsys.readouterr().out.count("--view-img: there is no display") == 1
+    assert len(list((tmp_path / "runs" / "exp").iterdir())) == 3
+
+
+def test_feature_maps_of_every_layer(weights, images, tmp_path):
+    assert call(weights, images / "two.png", tmp_path, "--visualize", "--nosave") == 0
+    files = {file.name for file in (tmp_path / "runs" / "exp" / "two").iterdir()}
+    assert len(files) == 48 and {"stage0_Conv_features.png", "stage23_C3_features.npy"} <= files
+
+
+def test_augmented_and_several_weights(weights, images, tmp_path, capsys):
+    """The biases alone decide of this network, so more passes find more boxes until suppression joins them."""
+    found = []
+    for arguments in ([], ["--augment"], ["--weights", str(weights), str(weights)]):
+        assert call(weights, images / "two.png", tmp_path, *arguments, "--nosave", "--iou", "1") == 0
+        found.append(int(capsys.readouterr().out.split("64x64 ")[1].split(" dog")[0]))
+    assert found[2] == 2 * found[0] and found[0] < found[1] != found[2]
+
+
+def test_agnostic_suppression(weights, images, tmp_path, capsys):
+    """Two ensemble members that agree on boxes but not on classes: together, and one hiding the other."""
+    other = load_checkpoint(weights)
+    for name in (f"model.24.m.{level}.bias" for level in range(3)):
+        other["model"][name] = other["model"][name].view(3, 7)[:, [0, 1, 2, 3, 4, 6, 5]].flatten()
+    for name in (f"model.24.m.{level}.weight" for level in range(3)):
+        shape = other["model"][name].shape
+        other["model"][name] = other["model"][name].view(3, 7, -1)[:, [0, 1, 2, 3, 4, 6, 5]].reshape(shape)
+    save_checkpoint(other, tmp_path / "cats.pt")
+    lines = []
+    for flags in ([], ["--agnostic-nms"]):
+        arguments = ["--weights", str(weights), str(tmp_path / "cats.pt"), "--nosave", "--max-det", "300000", *flags]
+        assert call(weights, images / "two.png", tmp_path, *arguments) == 0
+        lines.append(capsys.readouterr().out.split("64x64 ")[1].split(", ")[:2])
+    assert lines[0][0].split()[0] == lines[0][1].split()[0]  # as many cats as dogs
+    counts = [sum(int(part.split()[0]) for part in line if part.split()[1][:3] in ("cat", "dog")) for line in lines]
+    assert counts[1] < counts[0]
+
+
+def test_a_picture_by_its_address_and_a_stream(weights, images, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("YOLOV5_QAT_OFFLINE", raising=False)
+    with loopback() as site:
+        site.files["/far/one.jpg"] = (images / "one.jpg").read_bytes()
+        assert call(weights, f"{site.url}/far/one.jpg", tmp_path, "--save-txt") == 0
+        assert (tmp_path / "runs" / "exp" / "labels" / "one.txt").is_file()
+        assert call(weights, f"{site.url}/far/none.jpg", tmp_path) == 1
+    assert "404" in capsys.readouterr().out
+    film = tmp_path / "film.avi"
+    writer = cv2.VideoWriter(str(film), cv2.VideoWriter_fourcc(*"MJPG"), 10, (80, 64))
+    for index in range(6):
+        writer.write(np.full((64, 80, 3), 40 * index, np.uint8))
+    writer.release()
+    monkeypatch.setattr("utils.streams.PAUSE", 0.01)
+    with loopback() as site:
+        site.files["/live"] = film.read_bytes()
+        monkeypatch.setattr("utils.streams.ATTEMPTS", 0)
+        assert call(weights, f"{site.url}/live", tmp_path, "--save-txt", "--save-crop", "--max-det", "1") == 0
+    assert "stream 1/1" in capsys.readouterr().out
+    folder = sorted((tmp_path / "runs").iterdir(), key=lambda path: path.stat().st_mtime_ns)[-1]
+    (video,) = folder.glob("*.mp4")
+    assert cv2.VideoCapture(str(video)).read()[1].shape == (64, 80, 3)
+    assert list((folder / "labels").glob("127_0_0_1_*_live_*.txt")) and list((folder / "crops" / "dog").iterdir())

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import shlex
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ from onnx import TensorProto, numpy_helper
 from small_detector import NAMES, SIZE, float_detector, images, quantized_detector, save
 
 import export
+from exporting.onnx_files import write_verified
 from quant.fold import ActivationGrid, IntegerConv2d, fold
 from quant.onnx_graph import build, trace, traceable
 from quant.verify import references, verify
@@ -135,7 +137,9 @@ def test_nothing_of_gabfusion_is_left(exported):
 def test_multiplications_are_those_of_the_float_network(exported, tmp_path):
     _, file, _ = run_export(save(float_detector(), tmp_path / "best.pt"))
     for operator in ("Mul", "Add", "Conv", "Sigmoid"):
-        assert operators(exported[True][0]).count(operator) == operators(file).count(operator)
+        assert operators(exported[True][1]).count(operator) == operators(file).count(operator)
+    speed, plain = operators(exported[True][0]), operators(file)
+    assert speed.count("Conv") == plain.count("Conv") - 2 and speed.count("MatMul") == 2 * 3  # levels, anchors
 
 
 @pytest.mark.parametrize("gabfusion", [False, True])
@@ -161,10 +165,13 @@ def test_weights_are_the_folded_codes(exported):
     assert len(convolutions) > 20
     for name, module in convolutions.items():
         narrow = TensorProto.INT4 if module.weight_bits <= 4 else TensorProto.INT8
-        tensors = (speed[f"{name}.weight"], storage[f"{name}.weight"])
-        assert [tensor.data_type for tensor in tensors] == [TensorProto.INT8, narrow]
-        for tensor in tensors:
-            codes = numpy_helper.to_array(tensor).astype(np.int8)
+        # The speed file's head multiplies by each anchor's rows on their own.
+        parts = [speed[key] for key in speed if key == f"{name}.weight" or key.startswith(f"{name}.products.")]
+        parts = [tensor for tensor in parts if tensor.name.endswith(".weight")]
+        packed = storage[f"{name}.weight"]
+        assert {tensor.data_type for tensor in parts} == {TensorProto.INT8} and packed.data_type == narrow
+        rows = np.concatenate([numpy_helper.to_array(tensor) for tensor in parts]).reshape(module.weight_codes.shape)
+        for codes in (rows, numpy_helper.to_array(packed).astype(np.int8)):
             np.testing.assert_array_equal(codes, module.weight_codes.numpy())
 
 
@@ -202,7 +209,7 @@ def test_a_file_that_does_not_hold_is_not_kept(tmp_path):
     target = tmp_path / "best.onnx"
     target.write_bytes(b"what was there")
     with pytest.raises(UserError, match="not written, it does not compute"):
-        export.write_verified(exported, target, folded, references(folded, images(1)))
+        write_verified(exported, target, folded, references(folded, images(1)))
     assert target.read_bytes() == b"what was there"
     assert list(tmp_path.iterdir()) == [target]
 
@@ -242,3 +249,19 @@ def test_size_is_rounded_up_to_the_stride(tmp_path, capsys):
     assert export.main(["--weights", str(path), "--img", "50", "64"]) == 0
     assert "exporting 64x64" in capsys.readouterr().out
     assert shape_of(onnx.load(str(path.with_suffix(".onnx"))).graph.input[0]) == [1, 3, 64, 64]
+
+
+def test_the_commands_it_prints_can_be_pasted(tmp_path, capsys):
+    (tmp_path / "two words").mkdir()
+    path = save(float_detector(), tmp_path / "two words" / "best.pt")
+    assert export.main(["--weights", str(path), "--img", "64"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Prove it:")]
+    words = shlex.split(line)
+    assert words[5:7] == [str(path), str(path.with_suffix(".onnx"))]
+
+
+def test_an_oblong_file_gets_the_commands_that_take_it(tmp_path, capsys):
+    path = save(float_detector(), tmp_path / "best.pt")
+    assert export.main(["--weights", str(path), "--img", "32", "64"]) == 0
+    printed = capsys.readouterr().out
+    assert "--imgsz 32 64 --source" in printed and "python val.py" not in printed and "python export.py" not in printed

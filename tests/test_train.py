@@ -1,5 +1,8 @@
 """Whole training runs on a few drawn images with a small network: both phases, resuming, every fold mode, refusals."""
 
+import argparse
+import copy
+import itertools
 from pathlib import Path
 
 import onnx
@@ -7,6 +10,8 @@ import pytest
 import torch
 import yaml
 from small_detector import SMALL
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 import export
 import train
@@ -15,6 +20,7 @@ from quant import kernels
 from quant.calibrate import calibrate
 from quant.fold import fold
 from quant.gabfusion import fusion_nodes
+from quant.norms import reestimate_norms
 from quant.prepare import model_from_checkpoint, prepare
 from training.run import Phase
 from training.trainer import Trainer
@@ -70,6 +76,22 @@ def test_both_phases_leave_their_files(both_phases):
     assert [row["quant/strength"] for row in rows] == pytest.approx([1, 1, 0.375, 0])
 
 
+def test_tensorboard_follows_a_quantized_phase(both_phases):
+    events = EventAccumulator(str(both_phases))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {
+        "train/box_loss",
+        "metrics/mAP_0.5",
+        "x/lr0",
+        "model.9.balance/factor0",
+        "model.9.balance/gradient1",
+    } <= tags
+    assert {"quant/ada_gradient_ratio", "quant/strength", "steps/model.1.conv.weight_quantizer"} <= tags
+    assert all(event.value > 0 for event in events.Scalars("steps/model.1.conv.weight_quantizer"))
+    assert len(events.Scalars("metrics/mAP_0.5")) == 4 and list((both_phases / "float").glob("events*"))
+
+
 def test_best_is_a_deployable_network(both_phases):
     checkpoint = load_checkpoint(both_phases / "weights" / "best.pt")
     assert checkpoint["epoch"] == 3 and checkpoint["finished"]
@@ -89,7 +111,8 @@ def test_float_start_is_used_as_it_is_when_the_classes_fit(both_phases, data, tm
     checkpoint = load_checkpoint(folder / "weights" / "best.pt")
     assert checkpoint["quantization"]["weight"]["bits"] == 8
     float_state = load_checkpoint(start)["ema"]
-    kept = [key for key in float_state if not key.endswith("num_batches_tracked")]
+    anew = ("running_mean", "running_var", "num_batches_tracked")
+    kept = [key for key in float_state if not key.endswith(anew)]
     assert all(torch.equal(checkpoint["ema"][key], float_state[key]) for key in kept)  # calibrated only
 
 
@@ -138,7 +161,7 @@ def test_a_methods_penalty_reaches_the_gradient(both_phases, data, tmp_path):
     gradients = {}
     for factor in (0.0, 500.0):  # large, as the task's own gradient is some thousands here
         recipe = tmp_path / f"{factor}.yaml"
-        recipe.write_text(yaml.safe_dump({"method": "pact", "options": {"penalty": factor}}))
+        recipe.write_text(yaml.safe_dump({"method": "pact", "options": {"penalty": factor}, "distillation": False}))
         options = [*FAST, "--weights", str(start), "--data", data, "--recipe", str(recipe), "--epochs", "1"]
         options += ["--project", str(tmp_path), "--name", str(factor)]
         prepared, model = train.prepare_run(train.parse_arguments(options))
@@ -188,6 +211,68 @@ def test_interrupted_run_resumes_to_the_same_result(phase, cfg, data, tmp_path, 
     assert calibrated[0] == calibrated[1] and len(calibrated[0]) == 2
 
 
+@pytest.mark.parametrize("images", [8, 0])
+def test_validated_statistics_are_those_of_the_averaged_weights(images, both_phases, data, tmp_path):
+    """Computed once more from the saved network and the same images, they are the same; or not, if switched off."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"batch_norm": {"reestimate": images}}))
+    start = ["--weights", str(both_phases / "weights" / "float_best.pt"), "--data", data, "--recipe", str(recipe)]
+    options = train.parse_arguments(
+        [*FAST, "--project", str(tmp_path), "--name", "n", *start, "--quant", "lsq", "--epochs", "1", "--freeze", "2"]
+    )
+    checkpoint = load_checkpoint(train.main(options) / "weights" / "last.pt")
+    model = model_from_checkpoint(checkpoint).to(memory_format=torch.channels_last)
+    before = copy.deepcopy(model.state_dict())
+    frozen = {
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.BatchNorm2d) and name[:8] in ("model.0.", "model.1.")
+    }
+    run_again, _ = train.prepare_run(argparse.Namespace(**{**checkpoint["options"], "name": "again", "quant": "lsq"}))
+    assert reestimate_norms(model, run_again.training_batches(8, training.trainer.QUANTIZED_EPOCHS), tuple(frozen)) == 2
+    moved = {
+        key for key, value in model.state_dict().items()
+        if key.endswith("running_mean") and not torch.allclose(value, before[key], rtol=1e-3, atol=1e-4)
+    }  # fmt: skip
+    assert (moved == set()) == (images == 8)
+    float_state = states(both_phases / "weights" / "float_best.pt")
+    for name in frozen:  # layers that are frozen keep theirs
+        assert torch.equal(before[f"{name}.running_var"], float_state[f"{name}.running_var"])
+
+
+def test_the_quantized_learning_rate_falls_with_every_step(both_phases, data, tmp_path, monkeypatch):
+    hyp = tmp_path / "hyp.yaml"
+    hyp.write_text(
+        yaml.safe_dump({"quant_lr0": 0.004, "quant_lrf": 0.1, "quant_warmup_epochs": 0, "quant_nominal_batch": 4})
+    )
+    rates, optimize = [], Trainer._optimize
+
+    def record(self):
+        rates.append(self.optimizer.param_groups[1]["lr"])
+        optimize(self)
+
+    monkeypatch.setattr(Trainer, "_optimize", record)
+    start = ["--weights", str(both_phases / "weights" / "float_best.pt"), "--data", data, "--hyp", str(hyp)]
+    run(tmp_path, "falls", *start, "--quant", "lsq", "--epochs", "3")
+    assert rates == pytest.approx([0.004 * (1 - 0.9 * step / 6) for step in range(6)])  # two batches an epoch
+
+
+def test_batch_norms_stand_still_at_the_end(both_phases, data, tmp_path, monkeypatch):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"batch_norm": {"freeze": 0.5}}))
+    start = ["--weights", str(both_phases / "weights" / "float_best.pt"), "--data", data, "--recipe", str(recipe)]
+    statistics, finish = [], Trainer._finish_epoch
+
+    def record(self, *arguments):
+        statistics.append(self.model.model[0].bn.running_mean.clone())
+        return finish(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_finish_epoch", record)
+    run(tmp_path, "still", *start, "--quant", "lsq", "--epochs", "4")
+    changes = [not torch.equal(one, two) for one, two in itertools.pairwise(statistics)]
+    assert changes == [True, False, False]
+
+
 def test_the_best_network_is_saved_before_the_last(cfg, data, tmp_path, monkeypatch):
     """Killed between the two, a run must not know of a best fitness whose network was never kept."""
     saved, save = [], training.trainer.save_checkpoint
@@ -198,7 +283,7 @@ def test_the_best_network_is_saved_before_the_last(cfg, data, tmp_path, monkeypa
 
     monkeypatch.setattr(training.trainer, "save_checkpoint", record)
     run(tmp_path, "float", "--cfg", cfg, "--data", data, "--epochs", "1")
-    assert saved[:2] == ["best.pt", "last.pt"]
+    assert saved[:3] == ["last.pt", "best.pt", "last.pt"]  # the first before training, to be resumed from
 
 
 def test_interrupted_float_run_with_fitted_anchors_resumes_to_the_same_result(cfg, data, tmp_path, monkeypatch):
@@ -247,8 +332,36 @@ def test_bfloat16_and_compiled_quantizers_train_as_well(both_phases, data, tmp_p
     assert losses["fast"] == pytest.approx(losses["plain"], rel=0.05)
 
 
+def test_one_image_of_one_cell_is_explained(data, tmp_path):
+    cell = ["--batch-size", "1", "--imgsz", "32"]
+    with pytest.raises(UserError, match="larger --batch-size or --imgsz"):
+        run(tmp_path, "one", "--cfg", "yolov5n.yaml", "--data", data, "--epochs", "1", *cell)
+
+
+def test_a_run_folder_is_not_a_checkpoint(both_phases):
+    with pytest.raises(UserError, match="is a folder"):
+        train.main(train.parse_arguments(["--resume", str(both_phases)]))
+
+
+@pytest.mark.parametrize("anchors", ["cfg", "hyp", "cfg, with a float phase"])
+def test_a_quantized_phase_alone_keeps_the_anchors_of_its_weights(anchors, both_phases, data, tmp_path):
+    cfg, hyp = tmp_path / "other.yaml", tmp_path / "hyp.yaml"
+    cfg.write_text(yaml.safe_dump(SMALL | {"anchors": [[3 * value for value in row] for row in SMALL["anchors"]]}))
+    count = len(SMALL["anchors"][0]) // 2
+    hyp.write_text(yaml.safe_dump(yaml.safe_load((both_phases / "hyp.yaml").read_text()) | {"anchors": count}))
+    weights = both_phases / "weights" / "float_best.pt"
+    flags = ["--hyp", str(hyp)] if anchors == "hyp" else ["--cfg", str(cfg)]
+    flags += ["--float-epochs", "1"] if "float" in anchors else []
+    start = ["--weights", str(weights), "--data", data, "--quant", "lsq", "--project", str(tmp_path)]
+    options = train.parse_arguments([*FAST, *start, *flags])
+    _, model = train.prepare_run(options)
+    stay = torch.equal(model.detect.anchors, model_from_checkpoint(load_checkpoint(weights)).detect.anchors)
+    assert stay != options.needs_float
+    assert options.needs_float == ("float" in anchors)
+
+
 def test_a_finished_run_refuses_to_resume(both_phases):
-    with pytest.raises(UserError, match="nothing to resume"):
+    with pytest.raises(UserError, match=r"nothing to resume.*--weights .*float_best\.pt"):
         train.main(train.parse_arguments(["--resume", str(both_phases / "weights" / "last.pt")]))
 
 

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -6,12 +8,14 @@ import torch
 import yaml
 
 import val
+from models.backend import load_backend
 from models.yolo import DetectionModel
 from utils.checkpoint import save_checkpoint
 from utils.dataset import create_dataloader
 from utils.dataset_yaml import load_dataset_yaml
 from utils.loss import DetectionLoss
 from utils.optim import parameter_groups
+from utils.paths import ROOT
 
 HYP = {"box": 0.05, "cls": 0.5, "obj": 1.0, "cls_pw": 1.0, "obj_pw": 1.0, "anchor_t": 4.0, "fl_gamma": 0.0}
 
@@ -67,7 +71,7 @@ def test_perfect_answers_measure_as_perfect(loaded, tmp_path, capsys):
     result = evaluate(Oracle(loader, spec.nc), spec, loader, output=output, verbose=True)
     assert result.images == 4 and result.instances == sum(len(rows) for rows in loader.dataset.labels)
     assert min(result.precision, result.recall) > 0.95 and result.map50 > 0.99 and result.map > 0.99
-    assert result.coco == pytest.approx((1.0, 1.0), abs=1e-3)
+    assert result.coco[:2] == pytest.approx((1.0, 1.0), abs=1e-3)
     matched = result.matched
     assert matched.count == result.instances and matched.share == matched.class_accuracy == 1.0
     assert result.map75 > 0.99 and matched.mean_iou > 0.98 and matched.confidence == result.per_class.confidence
@@ -188,7 +192,7 @@ def test_mistakes_are_one_line(weights, tiny_dataset, tmp_path, capsys):
     other.write_text(yaml.safe_dump(data))
     for arguments, text in (
         (["--weights", str(weights), "--data", str(other)], "names 3"),
-        (["--weights", str(weights), str(weights), "--data", str(tiny_dataset)], "2 files"),
+        (["--weights", str(weights), "--data", str(tiny_dataset), "--dnn"], "onnxruntime"),
         (["--weights", str(weights), "--data", str(tiny_dataset), "--task", "test"], "test"),
         (["--weights", str(tmp_path / "none.pt"), "--data", str(tiny_dataset)], "none.pt"),
     ):
@@ -205,3 +209,53 @@ def test_official_weights_measure_as_upstream(shared_data, tmp_path, size, map50
     assert (result.map50, result.map) == pytest.approx((map50, map50_95), abs=0.002)
     if size == 640:
         assert (result.precision, result.recall) == pytest.approx((0.517, 0.463), abs=0.005)
+
+
+def test_confident_rows_measure_as_all_rows(loaded, weights):
+    spec, loader = loaded
+    backend = load_backend(weights, "cpu")
+    torch.manual_seed(0)
+    for convolution in backend.model.detect.m:
+        convolution.weight.data.normal_(std=0.5)
+        convolution.bias.data.zero_()
+    ours = evaluate(backend, spec, loader)
+    simple = evaluate(lambda images: backend(images.contiguous())[0], spec, loader)
+    assert backend.model.detect.decodes and ours.per_class.labels.sum() == ours.instances
+    assert np.array_equal(ours.per_class.ap, simple.per_class.ap) and ours.matched == simple.matched
+    assert ours.matched.count > 0
+
+
+def test_a_network_that_fails_decodes_again(loaded, weights):
+    spec, loader = loaded
+    backend = load_backend(weights, "cpu")
+    backend.model.model[0].conv = torch.nn.Conv2d(4, 16, 1)
+    with pytest.raises(RuntimeError):
+        evaluate(backend, spec, loader)
+    assert backend.model.detect.decodes
+
+
+def test_bytes_become_floats_between_0_and_1():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    device = torch.device("cpu")
+    assert torch.equal(val._to_device(None, images, device), images.float() / 255)
+    given = torch.full((1, 3, 2, 2), 255.0)
+    assert torch.equal(val._to_device(None, given, device), torch.ones(1, 3, 2, 2)) and given[0, 0, 0, 0] == 255
+
+
+def test_nothing_is_imported_that_takes_seconds(weights):
+    heavy = "matplotlib", "torchvision", "pandas", "onnx", "onnxruntime", "tensorboard", "torch._dynamo", "pycocotools"
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import val, models.backend as b; b.load_backend(sys.argv[2])\n"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", program, str(ROOT), str(weights)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["[]"]
+
+
+@pytest.mark.parametrize(
+    "flag, value", [("--conf-thres", "1.5"), ("--iou-thres", "nan"), ("--batch-size", "0"), ("--max-det", "-1")]
+)
+def test_numbers_that_mean_nothing_are_refused_at_once(flag, value, capsys):
+    assert val.main(["--weights", "missing.pt", f"{flag}={value}"]) == 1
+    message = "".join(capsys.readouterr())
+    assert f"{flag} " in message and "is needed" in message

@@ -5,19 +5,60 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from torch import Tensor, nn
 
 from models.yolo import DetectionModel
 from quant.config import QuantConfig
+from quant.norms import reestimate_norms
 from quant.training import calibration_batches
-from utils.dataset import create_dataloader
+from training.options import frozen_layers
+from utils import distributed
+from utils.dataset import collate, create_dataloader
 from utils.dataset_yaml import DatasetSpec
 from utils.devices import select_device
+from utils.errors import UserError
 from utils.loss import DetectionLoss, scale_loss_gains
+from utils.paths import increment_path, write_text_at_once
+from utils.wandb_log import WandbLog
 from val import Evaluation, OutputOptions, evaluate
+
+
+def check_processes(options: argparse.Namespace) -> None:
+    """Raises UserError where the processes of a job cannot share the batch, or cannot have ``--sync-bn``."""
+    processes = distributed.world_size()
+    if options.batch_size % processes:
+        below, above = (options.batch_size // processes + more for more in (0, 1))
+        raise UserError(
+            f"--batch-size {options.batch_size} is the number of images over all {processes} processes and must be a "
+            f"multiple of it: take {' or '.join(str(n * processes) for n in (below, above) if n)}"
+        )
+    if processes > 1 and getattr(options, "sync_bn", False) and select_device(options.device).type != "cuda":
+        raise UserError("--sync-bn: PyTorch synchronises batch norms on GPUs only; leave it out on a CPU")
+
+
+def new_run_folder(options: argparse.Namespace) -> Path:
+    """Makes the folder of a new run; an existing one that ``--exist-ok`` takes loses its checkpoints.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    place = Path(options.project) / options.name
+    try:
+        folder = increment_path(place, options.exist_ok, make=True)
+        (folder / "weights").mkdir(exist_ok=True)
+        for stale in (folder / "weights").glob("*.pt"):
+            stale.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or place}: the run's folder cannot be made ({error.strerror or error}). Choose a place "
+            "that can be written to with --project and --name"
+        ) from None
+    return folder
 
 
 class Run:
@@ -27,29 +68,79 @@ class Run:
         self.options, self.spec, self.hyp, self.save_dir = options, spec, hyp, save_dir
         self.device = select_device(options.device)
         self.weights_dir = save_dir / "weights"
-        self.weights_dir.mkdir(parents=True, exist_ok=True)
+        if distributed.is_main():
+            self.weights_dir.mkdir(parents=True, exist_ok=True)
+            for unfinished in self.weights_dir.glob(".*.tmp"):  # of a run that was killed while it saved
+                unfinished.unlink()
         self.names = {0: "item"} if options.single_cls and spec.nc != 1 else dict(spec.names)
         self.config: QuantConfig | None = None
+        self.wandb: WandbLog | None = None
         # On 2 cores one loader process beside two compute threads beats two loaders; upstream's 8 are far too many.
         workers = min(options.workers, max((os.cpu_count() or 2) // 2, 1))
         shared = {"workers": workers, "single_class": options.single_cls, "seed": options.seed}
-        shared |= {"num_classes": spec.nc, "cache": options.cache}
+        shared |= {"num_classes": spec.nc}
+        cache = {"cache": options.cache if options.cache != "val" else None}  # of the training images
+        val_cache = {"cache": options.cache if options.cache != "val" else "ram"}
         # P6 models need multiples of 64; images padded to 64 serve P5 models as well only at a cost, so ask the model.
         self.stride = options.stride
-        self.train_loader, self.train_set = create_dataloader(
-            spec.train, options.imgsz, options.batch_size, self.stride, hyp=hyp, augment=True, rect=options.rect,
-            shuffle=not options.rect, prefix="train", **shared,
-        )  # fmt: skip
-        self.val_loader, self.val_set = create_dataloader(
-            spec.val, options.imgsz, options.batch_size * 2, self.stride, rect=True, pad=0.5, prefix="val", **shared
-        )
+        processes = distributed.world_size()
+        batch_size = options.batch_size // processes
+        shared |= {"rank": distributed.rank(), "world_size": processes}
+        with distributed.local_main_first():
+            self.train_loader, self.train_set = create_dataloader(
+                spec.train, options.imgsz, batch_size, self.stride, hyp=hyp, augment=True, rect=options.rect,
+                shuffle=not options.rect, prefix="train", quad=options.quad, **cache, **shared,
+            )  # fmt: skip
+            self.val_loader, self.val_set = create_dataloader(
+                spec.val, options.imgsz, batch_size * 2, self.stride, rect=True, pad=0.5, prefix="val", even=False,
+                **val_cache, **shared,
+            )  # fmt: skip
         self.plain_set = copy.copy(self.train_set)  # the training images as validation sees them, for calibration
         self.plain_set.augment = self.plain_set.mosaic = self.plain_set.rect = False
         self.plain_set.batch_shapes = self.plain_set.batch_index = None  # square, so that images of all shapes stack
 
+    def write_settings(self) -> None:
+        """Writes opt.yaml, hyp.yaml and, with quantization, quant.yaml. Raises UserError where that is not possible."""
+        if not distributed.is_main():
+            return
+        contents = {"opt": vars(self.options), "hyp": self.hyp}
+        if self.config is not None:
+            contents["quant"] = self.config.to_dict()
+        for name, content in contents.items():
+            file = self.save_dir / f"{name}.yaml"
+            try:
+                write_text_at_once(file, yaml.safe_dump(content, sort_keys=False))
+            except OSError as error:
+                raise UserError(f"{file} could not be written ({error.strerror or error})") from None
+
     def calibration_batches(self) -> list[Tensor]:
         """The images that set first ranges."""
         return calibration_batches(self.plain_set, self.config.calibration.images, self.device)
+
+    def training_batches(self, images: int, epoch: int) -> Iterator[Tensor]:
+        """Evenly spaced training images as ``epoch`` sees them, in batches (B, 3, S, S), 0 to 1.
+
+        Rectangular batches have shapes of their own, so with ``--rect`` the images are padded to squares instead.
+        """
+        dataset = self.plain_set if self.options.rect else self.train_set
+        count = min(images, len(dataset))
+        chosen = [round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(count)]
+        batches = -(-count // self.options.batch_size)
+        for first in range(batches):  # of equal size: one image alone may have too few values for a deviation
+            batch = collate([dataset[epoch, index] for index in chosen[first::batches]])[0]
+            yield batch.to(self.device).float() / 255
+
+    @property
+    def frozen_prefixes(self) -> tuple[str, ...]:
+        """What the names of modules in the layers of ``--freeze`` start with."""
+        return tuple(f"model.{index}." for index in frozen_layers(self.options))
+
+    def reestimate_norms(self, model: nn.Module, epoch: int) -> None:
+        """Batch-norm statistics of ``model`` from training images as ``epoch`` sees them, if the recipe says so; frozen
+        layers keep theirs."""
+        images = self.config.batch_norm.reestimate
+        if images:
+            reestimate_norms(model, self.training_batches(images, epoch), self.frozen_prefixes)
 
     def make_loss(self, model: DetectionModel) -> DetectionLoss:
         """The detection loss for ``model`` with this run's gains."""
@@ -63,7 +154,7 @@ class Run:
         output = OutputOptions(folder=self.save_dir, plots=plots and not self.options.noplots)
         return evaluate(
             model, self.val_loader, names=self.names, device=self.device, loss=loss, output=output,
-            single_class=self.options.single_cls, report=False,
+            single_class=self.options.single_cls, report=False, sharded=True,
         )  # fmt: skip
 
 

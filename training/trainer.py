@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 import sys
 import time
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from models.yolo import DetectionModel
+from quant import kernels
 from quant.compilation import compile_quantizers
 from quant.gabfusion import fusion_nodes
+from quant.prepare import quantizers
 from quant.training import QuantizedTraining
+from training.diagnosis import FiniteCheck, first_non_finite
 from training.random_state import random_states, restore_random_states
 from training.run import Phase, Run
+from utils import distributed
 from utils.boxes import xywh_to_xyxy
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.devices import training_type
 from utils.ema import ModelEMA
 from utils.errors import UserError
 from utils.hyp import phase_hyp
+from utils.image_weights import image_weights
 from utils.log import LOGGER
 from utils.optim import (
     QUANTIZER,
@@ -41,6 +52,8 @@ from utils.run_log import RunLog
 from val import Evaluation
 
 GRADIENT_CLIP = 10.0  # norm
+# Added to an epoch's number in the quantized phase, which thereby sees other augmentations than the float phase did.
+QUANTIZED_EPOCHS = 1_000_000
 
 
 class Trainer:
@@ -52,6 +65,7 @@ class Trainer:
         options = run.options
         self.run, self.phase, self.options, self.model = run, phase, options, model.to(run.device)
         self.model.to(memory_format=torch.channels_last)  # 1.15 times faster on CPUs, more on GPUs with mixed precision
+        distributed.copy_from_main(self.model)  # calibrated by each process, perhaps on another kind of processor
         self.hyp = phase_hyp(run.hyp, phase.quantized)
         self._freeze_layers()
         self.ema = ModelEMA(model, self.hyp["ema_decay"], self.hyp["ema_tau"])
@@ -62,34 +76,63 @@ class Trainer:
         self.stopper = EarlyStopping(options.patience)
         self.best_fitness, self.first_epoch = -1.0, 0
         self.calibrated: list[float] | None = None  # mAP50 and mAP50-95 before training, for the table at the end
+        self.class_maps = np.zeros(len(run.names))  # mAP50-95 of each class at the last validation
         self.quantized: QuantizedTraining | None = None
         if phase.quantized:
             self.quantized = QuantizedTraining(model, self.ema.ema, run.config, teacher, phase.epochs)
-            if getattr(options, "compile", False):
-                compile_quantizers(model, {torch.float32, self.type})
+            with distributed.local_main_first():
+                self._compile_quantizers(getattr(options, "compile", "auto"))
+        self.stopped = False
         if start is not None:
             self._load(start)
         self.loss = run.make_loss(model)  # after loading: it copies the anchors, which the float phase may have fitted
         columns = self.quantized.columns if self.quantized else ()
         events = run.save_dir if phase.prefix == "" else run.save_dir / phase.name
-        self.log = RunLog(run.save_dir / f"{phase.prefix}results.csv", columns, self.first_epoch, events)
+        self.log = RunLog(
+            run.save_dir / f"{phase.prefix}results.csv" if distributed.is_main() else None, columns, self.first_epoch,
+            events, run.wandb, phase.prefix.replace("_", "/"),
+            options.float_epochs if phase.quantized and options.needs_float else 0,
+        )  # fmt: skip
+        self.parallel = self._distribute()  # what training goes through; ``model`` is what it is about
         self.largest_objectness = torch.zeros((), device=run.device)
 
     # --- set-up -----------------------------------------------------------------------------------------------------
 
+    def _compile_quantizers(self, wish: str | bool) -> None:
+        """``--compile``: on a CPU a compiler needs seconds and is tried unasked, on an accelerator half a minute."""
+        asked = wish in ("on", True)  # True stands in checkpoints of older runs
+        if asked or (wish == "auto" and self.run.device.type == "cpu"):
+            compile_quantizers(self.model, {torch.float32, self.type}, required=asked)
+        elif wish == "off":
+            kernels.switch(False)
+
     def _freeze_layers(self) -> None:
-        listed = self.options.freeze
-        frozen = range(listed[0]) if len(listed) == 1 else listed
-        prefixes = tuple(f"model.{index}." for index in frozen)
+        prefixes = self.run.frozen_prefixes
         for name, parameter in self.model.named_parameters():
             if prefixes and name.startswith(prefixes):
                 parameter.requires_grad_(False)
+
+    def _still_norms(self, epoch: int) -> list[_BatchNorm]:
+        """The batch norms whose statistics stand still in ``epoch``: of frozen layers, and under ``freeze`` all."""
+        freeze = self.run.config.batch_norm.freeze if self.quantized else 0.0
+        everything = freeze > 0 and epoch >= round(self.phase.epochs * (1 - freeze))
         # Statistics of frozen layers stay too: a frozen layer that still moves is a common complaint.
-        self.frozen_norms = [
+        chosen = "" if everything else self.run.frozen_prefixes
+        return [
             module
             for name, module in self.model.named_modules()
-            if prefixes and name.startswith(prefixes) and isinstance(module, nn.BatchNorm2d)
+            if isinstance(module, _BatchNorm) and name.startswith(chosen)
         ]
+
+    def _distribute(self) -> nn.Module:
+        """The model, or with several processes one whose backward pass averages the gradients over them."""
+        if not distributed.is_active():
+            return self.model
+        model = self.model
+        if getattr(self.options, "sync_bn", False):
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        devices = [self.run.device.index] if self.run.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         hyp = self.hyp
@@ -120,14 +163,17 @@ class Trainer:
 
     def fit(self) -> None:
         """Runs the epochs that are left, then writes the final state of this phase's checkpoints."""
-        batches = len(self.run.train_loader)
+        run, batches = self.run, len(self.run.train_loader)
         nominal = self.hyp["nominal_batch"]
         warmup = Warmup(
             self.optimizer, warmup_iterations(self.hyp["warmup_epochs"], batches, 1 if self.phase.quantized else 100),
             self.hyp["warmup_bias_lr"], self.hyp["warmup_momentum"], self.hyp["momentum"],
             self.options.batch_size, nominal,
         )  # fmt: skip
-        for epoch in range(self.first_epoch, self.phase.epochs):
+        if self.first_epoch == 0 and not self.options.nosave:
+            self._save(self._checkpoint(-1), "last")  # so that a run can be resumed from its first moment on
+        last_epoch = self.first_epoch if self.stopped else self.phase.epochs
+        for epoch in range(self.first_epoch, last_epoch):
             started = time.perf_counter()
             parts = self._train_epoch(epoch, warmup)
             if self.quantized:
@@ -136,18 +182,32 @@ class Trainer:
             rates = [group["lr"] for group in self.optimizer.param_groups[:3]]
             self._step_schedule(epoch)
             last = epoch + 1 == self.phase.epochs
-            result = None if self.options.noval and not last else self.run.evaluate(self.ema.ema, self.loss, plots=last)
+            interval = self.options.bbox_interval
+            pictured = last or (interval > 0 and (epoch + 1) % interval == 0)
+            result = None if self.options.noval and not last else self._evaluate(epoch, plots=pictured)
             stop = self._finish_epoch(epoch, parts, rates, result, time.perf_counter() - started)
+            if (pictured or stop) and not self.options.noplots:
+                self.log.pictures(run.save_dir, epoch)
             if stop:
                 LOGGER.info(f"Stopped early: no progress for {self.options.patience} epochs")
                 break
         if self.quantized and not self.quantized.deployable and self.run.config.gabfusion.fold == "finetune":
             self._finetune()
         self.log.close()
-        self._finalise()
+        if distributed.is_main():
+            self._finalise()
 
-    def _schedule(self, epoch: int) -> float:
-        """Share of the initial learning rates at the start of ``epoch``."""
+    def _evaluate(self, epoch: int, plots: bool) -> Evaluation:
+        """Validates the averaged network, in a quantized phase with batch-norm statistics of its own."""
+        if self.quantized:
+            self.run.reestimate_norms(self.ema.ema, epoch + QUANTIZED_EPOCHS)
+        distributed.copy_from_main(self.ema.ema)  # batch-norm statistics are of each process's own images
+        result = self.run.evaluate(self.ema.ema, self.loss, plots=plots)
+        self.class_maps = result.map_by_class(len(self.run.names))
+        return result
+
+    def _schedule(self, epoch: float) -> float:
+        """Share of the initial learning rates ``epoch`` epochs (and a fraction) after the start."""
         epochs, tail = max(self.phase.epochs, 1), self.hyp["lr_tail"]
         return learning_rate_factor(epoch, epochs, self.hyp["lrf"], self.options.cos_lr, tail)
 
@@ -159,44 +219,60 @@ class Trainer:
         """One pass over the training images; returns the mean loss parts (3,)."""
         run, batches = self.run, len(self.run.train_loader)
         self.model.train()
-        for norm in self.frozen_norms:
+        for norm in self._still_norms(epoch):
             norm.eval()
-        run.train_loader.set_epoch(epoch + (1_000_000 if self.phase.quantized else 0))
+        if self.options.image_weights:
+            run.train_loader.sampler.weights = image_weights(run.train_set.labels, self.class_maps)
+        run.train_loader.set_epoch(epoch + (QUANTIZED_EPOCHS if self.phase.quantized else 0))
         accumulate = accumulation_steps(self.options.batch_size, self.hyp["nominal_batch"])
         parts_sum = torch.zeros(3, device=run.device)
         self.largest_objectness.zero_()
         self.optimizer.zero_grad(set_to_none=True)
         since_step = 0
         label = f"{self.phase.name} {epoch + 1}/{self.phase.epochs}"
-        bar = tqdm(run.train_loader, label, leave=False, disable=not sys.stderr.isatty())
+        quiet = not (sys.stderr.isatty() and distributed.is_main())
+        bar = tqdm(run.train_loader, label, leave=False, disable=quiet)
         for index, (images, targets, paths, _) in enumerate(bar):
             iteration = epoch * batches + index
+            # A quantized phase has few epochs: with steps as coarse as those its last one would still run at a third or
+            # a quarter of the first rate, and codes would flip until the end.
+            share = self._schedule(iteration / batches if self.quantized else epoch)
             if warmup.active(iteration):
-                accumulate = warmup.step(iteration, self._schedule(epoch))
+                accumulate = warmup.step(iteration, share)
+            elif self.quantized and epoch < self.phase.epochs:  # not in the fine-tuning after them
+                for group in self.optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * share
             if self.quantized:
                 self.quantized.set_progress(iteration / (batches * self.phase.epochs))
-            if epoch == 0 and index < 3 and not self.options.noplots and not self.phase.prefix:
+            plots = not self.options.noplots and not self.phase.prefix and distributed.is_main()
+            if epoch == 0 and index < 3 and plots:
                 self._plot_batch(images, targets, paths, run.save_dir / f"train_batch{index}.jpg")
-            parts_sum += self._step(images, targets, measure=index == batches // 2)
+            measure = self.quantized.measures(index, batches) if self.quantized else index == batches // 2
             since_step += 1
-            if since_step >= accumulate or index + 1 == batches:
+            steps = since_step >= accumulate or index + 1 == batches
+            parts_sum += self._step(images, targets, measure, epoch, steps)
+            if steps:
                 self._optimize()
                 since_step = 0
-        parts = parts_sum / batches
-        if not torch.isfinite(parts).all():
-            raise UserError(
-                f"the loss is not finite in epoch {epoch + 1} (box, obj, cls: {parts.tolist()}). Lower the learning "
-                f"rate; the checkpoint of the epoch before is in {run.weights_dir}"
-            )
-        return parts
+        return distributed.mean(parts_sum / batches)
 
     def _plot_batch(self, images: Tensor, targets: Tensor, paths: list[str], file: Path) -> None:
         height, width = images.shape[2:]
         corners = xywh_to_xyxy(targets[:, 2:]) * torch.tensor((width, height, width, height))
         plot_images(images, torch.cat((targets[:, :2], corners), 1), paths, file, self.run.names)
 
-    def _step(self, images: Tensor, targets: Tensor, measure: bool) -> Tensor:
-        """Forward and backward of one batch; returns the detached loss parts (3,)."""
+    def _step(self, images: Tensor, targets: Tensor, measure: bool, epoch: int = 0, steps: bool = True) -> Tensor:
+        """Forward and backward of one batch; returns the detached loss parts (3,).
+
+        Args:
+            measure: whether the monitors look at this batch.
+            steps: whether an optimizer step follows, for which several processes need each other's gradients.
+        """
+        alone = steps or self.parallel is self.model
+        with nullcontext() if alone else self.parallel.no_sync():
+            return self._forward_backward(images, targets, measure, epoch)
+
+    def _forward_backward(self, images: Tensor, targets: Tensor, measure: bool, epoch: int) -> Tensor:
         device = self.run.device
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last).float() / 255
         targets = targets.to(device, non_blocking=True)
@@ -206,28 +282,56 @@ class Trainer:
         if self.quantized:
             self.quantized.set_probe(measure)
         with torch.autocast(device.type, self.type, enabled=self.type is not torch.float32):
-            output = self.model(images, features=features)
+            output = self.parallel(images, features=features)
             raw, maps = output if features else (output, {})
-            loss, parts = self.loss(raw, targets)
+            loss, parts = self.loss(raw, targets, shared=True)
+            named = dict(zip(("box", "objectness", "class"), parts, strict=True))
             if features:
                 terms = self.quantized.distillation(images, maps, raw)
                 if measure:
                     self.quantized.measure_ratios(loss, terms, maps)
+                    terms = self.quantized.fit_weights(terms)
                 loss = loss + sum(terms.values())
+                named |= terms
             penalty = self.quantized.penalty(images.shape[0]) if self.quantized else None
             if penalty is not None:
                 loss = loss + penalty
+                named["penalty"] = penalty
+        check = FiniteCheck(named)
+        if distributed.is_active():  # before the others get its gradient
+            self._refuse_non_finite(check, images, epoch)
         if measure:
             # As a tensor: reading the number here would make the host wait for the device.
             self.largest_objectness = torch.stack([level[..., 4].detach().amax() for level in raw]).amax().sigmoid()
-        self.scaler.scale(loss).backward()
+        # The loss is a sum over images, of which a quad is one where there were four. Gradients are averaged over the
+        # processes, and the loss is a sum over the images of all of them.
+        factor = distributed.world_size() * (4 if self.options.quad else 1)
+        self.scaler.scale(loss * factor).backward()
+        self._refuse_non_finite(check, images, epoch)
         return parts
 
+    def _refuse_non_finite(self, check: FiniteCheck, images: Tensor, epoch: int) -> None:
+        """Raises UserError where a loss is infinite or not a number, before it reaches weights or average."""
+        failed = check.failed()
+        if not failed:
+            return
+        with torch.autocast(images.device.type, self.type, enabled=self.type is not torch.float32):
+            place = first_non_finite(self.model, images)
+        where = f"in the network it begins at {place}" if place else "every layer is finite, only the term is not"
+        raise UserError(
+            f"the loss is not finite in epoch {epoch + 1} of the {self.phase.name} phase ({', '.join(failed)}); "
+            f"{where}. Training stops; {self._kept()}. Lower {self._rate_key()} in the --hyp file, or look at the data "
+            "of this term"
+        )
+
     def _rescale(self, images: Tensor) -> Tensor:
-        size = self.options.imgsz
-        side = random.randrange(round(size * 0.5), round(size * 1.5) + self.run.stride) // self.run.stride
-        side = max(side, 1) * self.run.stride
-        return images if side == size else nn.functional.interpolate(images, (side, side), mode="bilinear")
+        """Scales a batch so that its longer side is between half and one and a half times ``--imgsz``."""
+        size, stride = self.options.imgsz, self.run.stride
+        side = max(random.randrange(round(size * 0.5), round(size * 1.5) + stride) // stride, 1) * stride
+        height, width = images.shape[2:]
+        factor = side / max(height, width)
+        shape = math.ceil(height * factor / stride) * stride, math.ceil(width * factor / stride) * stride
+        return images if factor == 1 else nn.functional.interpolate(images, shape, mode="bilinear")
 
     def _optimize(self) -> None:
         scale = self.scaler.get_scale() if self.amp else 1.0
@@ -264,30 +368,72 @@ class Trainer:
         line += f"  {len(self.run.train_set) / seconds:.0f} images/s with validation"
         LOGGER.info(line + ("" if deployable else "  (normalised, not for export)"))
         if self.quantized:
-            values |= self.quantized.end_epoch(float(self.largest_objectness), values)
+            values |= self.quantized.end_epoch(float(self.largest_objectness), values) | self.quantized.mean_steps()
+        self._check_weights(epoch)
+        self._check_agreement(epoch)
         self.log.write(epoch, values)
         best = False
         if result is not None and deployable:
             best = result.fitness >= self.best_fitness
             self.best_fitness = max(self.best_fitness, result.fitness)
-            stop = self.stopper.step(epoch, result.fitness)
+            self.stopped = stop = self.stopper.step(epoch, result.fitness)
         if not self.options.nosave or epoch + 1 >= self.phase.epochs or stop:
             checkpoint = self._checkpoint(epoch)
-            # The best one first: a run that is killed between the two resumes before this epoch and saves it again. The
+            # The last one last: a run that is killed before resumes before this epoch and saves all of them again. The
             # other way round last.pt would know of a best fitness whose network was never kept.
             if best:
-                save_checkpoint(checkpoint, self._file("best"))
-            save_checkpoint(checkpoint, self._file("last"))
+                self._save(checkpoint, "best")
             if self.options.save_period > 0 and (epoch + 1) % self.options.save_period == 0:
-                save_checkpoint(checkpoint, self._file(f"epoch{epoch}"))
+                self._save(checkpoint, f"epoch{epoch}")
+            self._save(checkpoint, "last")
         return stop
+
+    def _check_weights(self, epoch: int) -> None:
+        """Raises UserError where a step at the end of an epoch, behind the last loss, has left the finite numbers."""
+        statistics = ("running_mean", "running_var")
+        named = [
+            (name, tensor)
+            for network in (self.model, self.ema.ema)
+            for name, tensor in itertools.chain(network.named_parameters(), network.named_buffers())
+            if isinstance(tensor, nn.Parameter) or name.endswith(statistics)
+        ]
+        finite = torch.stack([torch.isfinite(tensor).all() for _, tensor in named]).tolist()
+        if all(finite):
+            return
+        first = next(name for (name, _), good in zip(named, finite, strict=True) if not good)
+        raise UserError(
+            f"after epoch {epoch + 1} of the {self.phase.name} phase the weights are not finite, first {first}. "
+            f"Training stops; {self._kept()}. Lower {self._rate_key()} in the --hyp file"
+        )
+
+    def _kept(self) -> str:
+        last = self._file("last")
+        return f"{last} is that of the epoch before" if last.exists() else "there is no checkpoint yet"
+
+    def _rate_key(self) -> str:
+        return "quant_lr0" if self.phase.quantized else "lr0"
+
+    def _check_agreement(self, epoch: int) -> None:
+        """Raises UserError unless all processes have the same weights, quantizers and balance, bit for bit."""
+        if not distributed.is_active():
+            return
+        state = dict(self.model.named_parameters())
+        state |= {f"average of {name}": parameter for name, parameter in self.ema.ema.named_parameters()}
+        stateful = {**quantizers(self.model), **fusion_nodes(self.model)}
+        for name, module in stateful.items():
+            kept = set(module.state_dict())
+            state |= {f"{name}.{key}": value for key, value in module.named_buffers() if key in kept}
+        distributed.check_equal(state, f"after epoch {epoch + 1} of the {self.phase.name} phase")
 
     def _finetune(self) -> None:
         """The paper's end (``fold: finetune``): constants for the statistics, then one epoch of Adam at 2e-5."""
         LOGGER.info("Fusion statistics become constants; fine-tuning one epoch")
         self.quantized.fix_statistics(self.run.calibration_batches())
-        self.ema = ModelEMA(self.model, decay=0.0)  # the constants are fitted to these weights, not to an average
+        # The constants are fitted to these weights, not to an average. Model and average are equal now; of the two the
+        # average never has synchronised batch norms.
+        self.ema = ModelEMA(self.ema.ema, decay=0.0)
         self.quantized.average = self.ema.ema
+        self.parallel = self._distribute()  # anew, as the readers' steps have stopped learning
         rate = self.hyp["finetune_lr"]
         self.optimizer = build_optimizer(self.model, "Adam", rate, 0.9, 0.0, rate)
         idle = Warmup(self.optimizer, 0, 0.0, 0.9, 0.9, self.options.batch_size, self.hyp["nominal_batch"])
@@ -295,13 +441,17 @@ class Trainer:
         started = time.perf_counter()
         epochs = self.phase.epochs
         parts = self._train_epoch(epochs, idle)
-        result = self.run.evaluate(self.ema.ema, self.loss, plots=True)
+        result = self._evaluate(epochs, plots=True)
         self._finish_epoch(epochs, parts, [rate] * 3, result, time.perf_counter() - started)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def _file(self, name: str) -> Path:
         return self.run.weights_dir / f"{self.phase.prefix}{name}.pt"
+
+    def _save(self, checkpoint: dict, name: str) -> None:
+        if distributed.is_main():
+            save_checkpoint(checkpoint, self._file(name))
 
     def _checkpoint(self, epoch: int) -> dict:
         detect = self.model.detect
@@ -320,7 +470,11 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "stopper": self.stopper.state_dict(),
             "first_steps": self.quantized.first_steps if self.quantized else None,
+            "term_weights": self.quantized.term_weights if self.quantized else None,
+            "weights_fitted": self.quantized.weights_fitted if self.quantized else None,
+            "stopped": self.stopped,
             "calibrated": self.calibrated,
+            "class_maps": self.class_maps.tolist(),
             "random": random_states(),
             "epoch": epoch,
             "best_fitness": self.best_fitness,
@@ -334,20 +488,25 @@ class Trainer:
         self.model.load_state_dict(checkpoint["model"])
         self.ema.ema.load_state_dict(checkpoint["ema"])
         self.ema.updates = checkpoint["ema_updates"]
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        if checkpoint["epoch"] < self.phase.epochs:  # else it has the optimizer of the fine-tuning behind the epochs
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.stopper.load_state_dict(checkpoint["stopper"])
         self.best_fitness = checkpoint["best_fitness"]
         self.calibrated = checkpoint.get("calibrated")
+        self.class_maps = np.array(checkpoint.get("class_maps", self.class_maps))
         if self.quantized:
             self.quantized.first_steps = checkpoint["first_steps"]
+            self.quantized.term_weights = checkpoint.get("term_weights") or self.quantized.term_weights
+            self.quantized.weights_fitted = checkpoint.get("weights_fitted", True)
+        self.stopped = checkpoint.get("stopped", False)
         self.first_epoch = checkpoint["epoch"] + 1
         restore_random_states(checkpoint["random"])
         LOGGER.info(f"Resuming the {self.phase.name} phase at epoch {self.first_epoch + 1}/{self.phase.epochs}")
 
     def _finalise(self) -> None:
         """Drops what only resuming needs from the finished phase's checkpoints."""
-        for name in ("last", "best"):
+        for name in ("best", "last"):  # killed between the two, the run still counts as unfinished and comes here again
             file = self._file(name)
             if file.exists():
                 checkpoint = load_checkpoint(file)

@@ -5,33 +5,40 @@ only on that generator's seed. Images are BGR uint8 (height, width, 3); labels a
 class, left, top, right, bottom in pixels unless said otherwise.
 """
 
+import math
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
 
 from utils.boxes import clip_boxes
+from utils.canvas import Canvas, Tile
 from utils.images import PADDING_VALUE
 
 MINIMUM_SIDE = 2  # pixels; a box that is thinner after the warp is dropped
 MINIMUM_AREA_LEFT = 0.10  # share of its area that a box must keep when it is cut by the image's edge
 MAXIMUM_ASPECT = 100
+MOST_HIDDEN = 0.30  # share of its area that a pasted object may hide of another
+SMALLEST_RESIZE = 0.25  # scale; what is seen of a mosaic has four times its pixels there, and warping it is cheaper
 
 
 def shift_hsv(image: np.ndarray, rng: np.random.Generator, hue: float, saturation: float, value: float) -> np.ndarray:
     """Multiplies hue, saturation and value by 1 + uniform(-1, 1) * their gain; hue wraps, the others saturate.
 
-    Gray pixels have no saturation to multiply, so they stay gray.
+    Products are rounded. Gray pixels have no saturation to multiply, so they stay gray.
     """
     if not (hue or saturation or value):
         return image
     gains = 1 + rng.uniform(-1, 1, 3) * (hue, saturation, value)
-    levels = np.arange(256)
-    table = np.empty((1, 256, 3), np.uint8)
-    table[0, :, 0] = (levels * gains[0]) % 180  # OpenCV's hue is in units of 2 degrees
-    table[0, :, 1] = np.clip(levels * gains[1], 0, 255)
-    table[0, :, 2] = np.clip(levels * gains[2], 0, 255)
-    return cv2.cvtColor(cv2.LUT(cv2.cvtColor(image, cv2.COLOR_BGR2HSV), table), cv2.COLOR_HSV2BGR)
+    pixels = cv2.cvtColor(image, cv2.COLOR_BGR2HSV)
+    if 0 <= gains[0] <= 255 / 179:
+        # OpenCV's hue ends at 179 (2 degrees each) but wraps by itself on the way back, so one saturating product does.
+        pixels = cv2.transform(pixels, np.diag(gains))
+    else:
+        levels = np.rint(np.arange(256)[:, None] * gains)
+        levels[:, 0] %= 180
+        pixels = cv2.LUT(pixels, levels.clip(0, 255).astype(np.uint8)[None])
+    return cv2.cvtColor(pixels, cv2.COLOR_HSV2BGR)
 
 
 def flip(
@@ -106,7 +113,7 @@ def keep_boxes(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 
 def random_perspective(
-    image: np.ndarray,
+    canvas: Canvas,
     labels: np.ndarray,
     rng: np.random.Generator,
     to_shape: Sequence[int] | None = None,
@@ -116,19 +123,28 @@ def random_perspective(
     shear: float = 0.0,
     perspective: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rotates, scales, shears, moves and tilts an image into ``to_shape`` (height, width; default: its own shape).
+    """Rotates, scales, shears, moves and tilts a canvas into ``to_shape`` (height, width; default: its own shape).
 
-    Boxes become the upright boxes around their mapped corners, clipped; ``keep_boxes`` says which remain.
+    Boxes become the upright boxes around their mapped corners, clipped; ``keep_boxes`` says which remain. The image may
+    share memory with the canvas.
+
+    Without rotation, shear and perspective (YOLOv5's defaults) position and scale are rounded so that the image is a
+    whole number of the canvas' pixels: that part is resized, in a quarter to half of the time of an affine warp.
     """
-    to_shape = tuple(to_shape or image.shape[:2])
-    matrix, factor = draw_perspective_matrix(rng, image.shape, to_shape, degrees, translate, scale, shear, perspective)
-    if to_shape == image.shape[:2] and np.array_equal(matrix, np.eye(3)):
-        return image, labels
-    target = {"dsize": (to_shape[1], to_shape[0]), "borderValue": (PADDING_VALUE,) * 3}
-    if perspective:
-        image = cv2.warpPerspective(image, matrix, **target)
+    to_shape = tuple(to_shape or canvas.shape)
+    matrix, factor = draw_perspective_matrix(rng, canvas.shape, to_shape, degrees, translate, scale, shear, perspective)
+    if to_shape == canvas.shape and np.array_equal(matrix, np.eye(3)):
+        return canvas.draw(0, 0, canvas.width, canvas.height), labels
+    if degrees or shear or perspective or factor < SMALLEST_RESIZE:
+        image = warp(canvas, matrix, to_shape)
     else:
-        image = cv2.warpAffine(image, matrix[:2], **target)
+        left, top, width, height = visible_rectangle(matrix, to_shape)
+        image = canvas.draw(left, top, width, height)
+        if (height, width) != to_shape:
+            image = cv2.resize(image, (to_shape[1], to_shape[0]), interpolation=cv2.INTER_LINEAR)
+        across, down = to_shape[1] / width, to_shape[0] / height
+        matrix = np.array([[across, 0, -left * across], [0, down, -top * down], [0, 0, 1]])
+        factor = math.sqrt(across * down)
     if not len(labels):
         return image, labels
     boxes = clip_boxes(warp_boxes(labels[:, 1:], matrix), to_shape)
@@ -136,13 +152,52 @@ def random_perspective(
     return image, np.concatenate([labels[keep, :1], boxes[keep]], 1).astype(np.float32)
 
 
+def visible_rectangle(matrix: np.ndarray, to_shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """What a map that only scales and moves shows of its source: left, top, width, height, in whole pixels."""
+    height, width = to_shape
+    return (
+        round(-matrix[0, 2] / matrix[0, 0]),
+        round(-matrix[1, 2] / matrix[1, 1]),
+        max(round(width / matrix[0, 0]), 1),
+        max(round(height / matrix[1, 1]), 1),
+    )
+
+
+def warp(canvas: Canvas, matrix: np.ndarray, to_shape: Sequence[int]) -> np.ndarray:
+    """The canvas through a 3x3 map of coordinates into an image of ``to_shape`` (height, width), grey outside.
+
+    Only the part of the canvas that the image can show is drawn. Coordinates, like those of boxes, count from pixels'
+    edges; OpenCV's count from their centres, which lie at halves.
+    """
+    height, width = to_shape
+    corners = np.array([[0, 0, 1], [width, 0, 1], [0, height, 1], [width, height, 1]]) @ np.linalg.inv(matrix).T
+    left = top = 0
+    right, bottom = canvas.width, canvas.height
+    if corners[:, 2].min() > 1e-6:  # else a horizon runs through the image, and no finite part holds what it shows
+        points = corners[:, :2] / corners[:, 2:]
+        # Two pixels more than the corners: interpolation reads the neighbours.
+        left, top = np.clip(np.floor(points.min(0)) - 2, 0, (right - 1, bottom - 1)).astype(int).tolist()
+        right, bottom = np.clip(np.ceil(points.max(0)) + 2, (left + 1, top + 1), (right, bottom)).astype(int).tolist()
+    region = canvas.draw(left, top, right - left, bottom - top)
+    pixels = shift_matrix(-0.5, -0.5) @ matrix @ shift_matrix(left + 0.5, top + 0.5)
+    target = {"dsize": (width, height), "borderValue": (PADDING_VALUE,) * 3}
+    if np.allclose(matrix[2], (0, 0, 1), rtol=0, atol=1e-12):
+        return cv2.warpAffine(region, pixels[:2], **target)
+    return cv2.warpPerspective(region, pixels, **target)
+
+
+def shift_matrix(x: float, y: float) -> np.ndarray:
+    """The 3x3 map that adds (x, y)."""
+    return np.array([[1, 0, x], [0, 1, y], [0, 0, 1]])
+
+
 def mosaic(
-    images: Sequence[np.ndarray], labels: Sequence[np.ndarray], size: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+    tiles: Sequence[Tile], labels: Sequence[np.ndarray], size: int, rng: np.random.Generator
+) -> tuple[Canvas, np.ndarray]:
     """Puts four images around a random point of a canvas of twice the size: top left, top right, bottom left and right.
 
     Args:
-        images: four images, neither side longer than ``size``.
+        tiles: four images, neither side longer than ``size``; their places are not read.
         labels: four arrays (n, 5) of class and *normalised* xywh.
         size: the side of the image that is to be cut from the canvas.
 
@@ -150,25 +205,30 @@ def mosaic(
         The canvas and the labels (m, 5) in pixels of it, clipped to it.
     """
     side = 2 * size
-    canvas = np.full((side, side, 3), PADDING_VALUE, np.uint8)
     centre_x, centre_y = (int(rng.uniform(size / 2, side - size / 2)) for _ in range(2))
     placed = []
-    for position, (image, rows) in enumerate(zip(images, labels, strict=True)):
-        height, width = image.shape[:2]
-        left = centre_x - width if position in (0, 2) else centre_x
-        top = centre_y - height if position in (0, 1) else centre_y
-        x1, y1, x2, y2 = max(left, 0), max(top, 0), min(left + width, side), min(top + height, side)
-        canvas[y1:y2, x1:x2] = image[y1 - top : y2 - top, x1 - left : x2 - left]
-        placed.append(denormalise_labels(rows, width, height, left, top))
-    placed = np.concatenate(placed)
-    placed[:, 1:] = placed[:, 1:].clip(0, side)
-    return canvas, placed
+    for position, tile in enumerate(tiles):
+        left = centre_x - tile.width if position in (0, 2) else centre_x
+        top = centre_y - tile.height if position in (0, 1) else centre_y
+        placed.append(tile.at(left, top))
+    geometry = np.array([(tile.width, tile.height, tile.left, tile.top) for tile in placed], np.float32)
+    of_each_row = np.repeat(geometry, [len(rows) for rows in labels], axis=0)
+    pixels = denormalise_labels(np.concatenate(labels), *of_each_row.T)
+    np.clip(pixels[:, 1:], 0, side, out=pixels[:, 1:])
+    return Canvas(placed, side, side), pixels
 
 
 def denormalise_labels(
-    labels: np.ndarray, width: float, height: float, pad_width: float = 0, pad_height: float = 0
+    labels: np.ndarray,
+    width: float | np.ndarray,
+    height: float | np.ndarray,
+    pad_width: float | np.ndarray = 0,
+    pad_height: float | np.ndarray = 0,
 ) -> np.ndarray:
-    """Rows (n, 5) of class and normalised xywh to class and xyxy in pixels, moved by the padding."""
+    """Rows (n, 5) of class and normalised xywh to class and xyxy in pixels, moved by the padding.
+
+    Sizes and padding are those of one image or, as arrays (n,), of each row's.
+    """
     pixels = np.empty_like(labels, dtype=np.float32)
     pixels[:, 0] = labels[:, 0]
     half_width, half_height = labels[:, 3] / 2, labels[:, 4] / 2
@@ -186,3 +246,44 @@ def mixup(
     share = rng.beta(32.0, 32.0)
     mixed = cv2.addWeighted(image, share, other, 1 - share, 0)
     return mixed, np.concatenate([labels, other_labels])
+
+
+def copy_paste(
+    image: np.ndarray,
+    labels: np.ndarray,
+    polygons: Sequence[np.ndarray | None],
+    probability: float,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pastes objects once more, mirrored to the other side of the image (Ghiasi et al., arXiv 2012.07177).
+
+    A share ``probability`` of the objects with an outline is tried; one that would hide 30 % or more of another label's
+    box is left out.
+
+    Args:
+        image: (height, width, 3); it is not changed.
+        labels: (n, 5) class and xyxy in pixels.
+        polygons: n outlines (corners, 2) in pixels, or None.
+
+    Returns:
+        The image and the labels (m, 5), the new ones behind the old ones.
+    """
+    outlined = [number for number, polygon in enumerate(polygons) if polygon is not None]
+    tried = rng.permutation(outlined)[: round(probability * len(outlined))].astype(int)
+    height, width = image.shape[:2]
+    mask = np.zeros((height, width), np.uint8)
+    for number in tried:
+        category, left, top, right, bottom = labels[number]
+        box = np.array([width - right, top, width - left, bottom], np.float32)
+        if (_share_hidden(box, labels[:, 1:]) < MOST_HIDDEN).all():
+            labels = np.concatenate([labels, [[category, *box]]]).astype(np.float32)
+            cv2.drawContours(mask, [np.rint(polygons[number]).astype(np.int32)], -1, 1, cv2.FILLED)
+    if not mask.any():
+        return image, labels
+    return np.where(cv2.flip(mask, 1)[..., None] > 0, cv2.flip(image, 1), image), labels
+
+
+def _share_hidden(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """The share of each of ``boxes`` (n, 4) that lies in ``box`` (4,), all xyxy."""
+    sides = np.minimum(boxes[:, 2:], box[2:]) - np.maximum(boxes[:, :2], box[:2])
+    return sides.clip(0).prod(1) / ((boxes[:, 2:] - boxes[:, :2]).prod(1) + 1e-7)

@@ -14,6 +14,7 @@ import torch
 Boxes = TypeVar("Boxes", np.ndarray, torch.Tensor)
 
 RatioPad = tuple[Sequence[float], Sequence[float]]
+CROP_MARGIN = 1.02, 10  # a cropped object keeps a little of its surroundings: factor and pixels
 
 
 def _stack(columns: list) -> Boxes:
@@ -117,3 +118,23 @@ def scale_boxes(
         ]
     )
     return clip_boxes(native, to_shape)
+
+
+def split_by_image(rows: torch.Tensor, images: int) -> list[torch.Tensor]:
+    """The rows of each image, without column 0: (n, k) rows with an image's index in front -> per image (n_i, k - 1).
+
+    One sort for all images; a search for each one's rows would be quadratic in the batch.
+    """
+    index = rows[:, 0].long()
+    counts = torch.bincount(index, minlength=images)
+    return list(rows[index.argsort(stable=True), 1:].split(counts.tolist()))
+
+
+def crop_region(box: Sequence[float], shape: Sequence[int]) -> tuple[slice, slice]:
+    """Rows and columns of an image of ``shape`` (height, width) that show a box (xyxy) and a little around it; at least
+    one of each."""
+    gain, margin = CROP_MARGIN
+    left, top, right, bottom = box
+    extra_x, extra_y = ((right - left) * (gain - 1) + margin) / 2, ((bottom - top) * (gain - 1) + margin) / 2
+    rows = slice(int(max(top - extra_y, 0)), int(min(bottom + extra_y, shape[0])) or 1)
+    return rows, slice(int(max(left - extra_x, 0)), int(min(right + extra_x, shape[1])) or 1)

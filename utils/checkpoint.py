@@ -1,6 +1,7 @@
 """Checkpoints: our own files of tensors and plain values; official YOLOv5 ``.pt`` files, read without unpickling."""
 
 import contextlib
+import math
 import os
 import shutil
 import warnings
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.downloads import find_weights
 from utils.errors import UserError
 from utils.log import LOGGER
 from utils.safe_pickle import PickledObject, PickledTensor, TorchFile
@@ -168,7 +170,7 @@ def _names(value: object, file: TorchFile) -> dict[int, str]:
 def check_is_checkpoint(path: Path) -> None:
     """Raises UserError unless ``path`` is a file, and none that an exporter wrote."""
     if not path.is_file():
-        raise UserError(f"{path} does not exist. Give the path of a .pt file")
+        raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}. Give the path of a .pt file")
     if path.suffix.lower() in EXPORTED_SUFFIXES:
         raise UserError(f"{path} is an exported network; give the .pt that it was exported from")
 
@@ -185,9 +187,13 @@ def load_checkpoint(path: str | Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError:
         raise UserError(f"{path} is not a checkpoint of this project: it holds more than tensors and values") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except Exception as error:  # of whatever kind: torch lets through what a damaged archive or pickle causes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged or not a PyTorch file ({reason})") from None
+    return _of_known_format(checkpoint, path)
+
+
+def _of_known_format(checkpoint: object, path: Path) -> dict:
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("format"), int):
         raise UserError(f"{path} is not a checkpoint of this project: it has no 'format' entry")
     if checkpoint["format"] > FORMAT:
@@ -270,9 +276,10 @@ def _storable(value: object, place: str) -> object:
 def read_weights(path: str | Path) -> Weights:
     """Reads an official YOLOv5 file or one of our own checkpoints, whichever it is.
 
-    The state_dict is the EMA's where there is one. Raises UserError as ``load_official`` and ``load_checkpoint``.
+    The state_dict is the EMA's where there is one. An official file that is missing is fetched, see ``find_weights``.
+    Raises UserError as ``load_official`` and ``load_checkpoint``.
     """
-    path = Path(path)
+    path = find_weights(path)
     check_is_checkpoint(path)
     try:
         with warnings.catch_warnings():
@@ -283,11 +290,12 @@ def read_weights(path: str | Path) -> Weights:
     if not isinstance(own, dict) or "format" not in own:
         official = load_official(path)
         return Weights("official", path, official.yaml, official.names, official.state_dict, official.stride)
-    checkpoint = load_checkpoint(path)
+    checkpoint = _of_known_format(own, path)
     state_dict = checkpoint["ema"] if checkpoint.get("ema") is not None else checkpoint.get("model")
     missing = [key for key in ("model_yaml", "names", "stride") if key not in checkpoint]
     if state_dict is None or missing:
         raise UserError(f"{path} holds no model: {', '.join(missing) or 'neither model nor ema'} is missing")
+    _check_entries(checkpoint, state_dict, path)
     return Weights(
         kind="own",
         path=path,
@@ -298,6 +306,34 @@ def read_weights(path: str | Path) -> Weights:
         quantization=checkpoint.get("quantization"),
         checkpoint=checkpoint,
     )
+
+
+def _are_strides(value: object) -> bool:
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    return (
+        isinstance(value, list | tuple)
+        and len(value) > 0
+        and all(type(stride) in (int, float) and 1 <= stride < math.inf for stride in value)
+    )
+
+
+def _check_entries(checkpoint: dict, state_dict: object, path: Path) -> None:
+    """Raises UserError unless the entries that describe a model are of the kinds that this project writes."""
+    names, stride, options = checkpoint["names"], checkpoint["stride"], checkpoint.get("options") or {}
+    fits = {
+        "the weights": isinstance(state_dict, dict) and all(isinstance(value, Tensor) for value in state_dict.values()),
+        "model_yaml": isinstance(checkpoint["model_yaml"], dict),
+        "names": isinstance(names, dict)
+        and set(names) == set(range(len(names)))
+        and all(isinstance(name, str) for name in names.values()),
+        "stride": _are_strides(stride),
+        "quantization": isinstance(checkpoint.get("quantization"), dict | None),
+        "options": isinstance(options, dict),
+    }
+    wrong = [name for name, right in fits.items() if not right]
+    if wrong:
+        raise UserError(f"{path} is not a checkpoint of this project: {', '.join(wrong)} cannot be read")
 
 
 def transfer(

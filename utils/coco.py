@@ -4,6 +4,7 @@ import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -15,6 +16,24 @@ from utils.log import LOGGER
 # COCO numbers its 80 detection classes with gaps, from 1 to 90.
 _ABSENT = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 COCO_CATEGORY_IDS = [number for number in range(1, 91) if number not in _ABSENT]
+
+
+class CocoResult(NamedTuple):
+    """pycocotools' twelve numbers. Small is an area under 32 x 32 pixels, large one over 96 x 96; -1 where no object is
+    of that size."""
+
+    map: float  # IoU 0.50 to 0.95
+    map50: float
+    map75: float
+    map_small: float
+    map_medium: float
+    map_large: float
+    recall1: float  # mean recall, IoU 0.50 to 0.95, of the most confident detection of an image
+    recall10: float
+    recall100: float
+    recall_small: float
+    recall_medium: float
+    recall_large: float
 
 
 def image_identifiers(paths: Sequence[str | Path]) -> dict[str, int | str]:
@@ -79,8 +98,8 @@ def ground_truth(
     return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
 
-def coco_evaluate(annotations: Path | dict, rows: list[dict], image_ids: Sequence[int | str]) -> tuple[float, float]:
-    """Runs pycocotools' box evaluation, logs its table and returns (mAP50-95, mAP50).
+def coco_evaluate(annotations: Path | dict, rows: list[dict], image_ids: Sequence[int | str]) -> CocoResult:
+    """Runs pycocotools' box evaluation and logs its table, which has AP and recall by the objects' size too.
 
     Args:
         annotations: an annotation file or its contents.
@@ -97,7 +116,7 @@ def coco_evaluate(annotations: Path | dict, rows: list[dict], image_ids: Sequenc
         raise UserError("--save-json needs pycocotools: pip install pycocotools") from error
     if not rows:
         LOGGER.warning("pycocotools was not run: there are no detections")
-        return 0.0, 0.0
+        return CocoResult(*[0.0] * 12)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(None if isinstance(annotations, dict) else str(annotations))
         if isinstance(annotations, dict):
@@ -118,7 +137,7 @@ def coco_evaluate(annotations: Path | dict, rows: list[dict], image_ids: Sequenc
     with contextlib.redirect_stdout(summary):
         evaluation.summarize()
     LOGGER.info(summary.getvalue().rstrip())
-    return float(evaluation.stats[0]), float(evaluation.stats[1])
+    return CocoResult(*map(float, evaluation.stats))
 
 
 def category_ids_for(names: Mapping[int, str], is_coco: bool) -> list[int] | None:

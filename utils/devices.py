@@ -1,4 +1,4 @@
-"""Where tensors live: the ``--device`` flag, and the number of CPU threads."""
+"""Where tensors live and in which precision: the ``--device`` and ``--precision`` flags."""
 
 import os
 

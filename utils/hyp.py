@@ -6,11 +6,10 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from utils.errors import UserError
 from utils.optim import NOMINAL_BATCH
 from utils.paths import ROOT
+from utils.yaml_file import read_yaml
 
 DEFAULT_FILE = ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"
 
@@ -65,10 +64,7 @@ def load_hyp(path: str | Path) -> dict[str, Any]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not a YAML file ({error})") from None
+    values = read_yaml(file)
     if not isinstance(values, dict):
         raise UserError(f"{file}: a hyperparameter file maps keys to numbers")
     return values

@@ -1,10 +1,13 @@
 """Reading image files and fitting images into the network's input."""
 
+import io
 import math
+import os
 from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from utils.errors import UserError
 
@@ -16,11 +19,11 @@ PADDING_VALUE = 114  # the grey around a letterboxed image, part of what officia
 
 
 def is_image(path: str | Path) -> bool:
-    return Path(path).suffix.lower() in IMAGE_SUFFIXES
+    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
 
 
 def is_video(path: str | Path) -> bool:
-    return Path(path).suffix.lower() in VIDEO_SUFFIXES
+    return os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES
 
 
 def decode_image(encoded: bytes | np.ndarray) -> np.ndarray | None:
@@ -32,13 +35,37 @@ def decode_image(encoded: bytes | np.ndarray) -> np.ndarray | None:
     if not buffer.size:
         return None
     try:
-        # IMREAD_COLOR does all of the above, except for floating-point files, which it may leave in their own type.
+        # IMREAD_COLOR does all of the above, except for floating-point files, which it leaves in their own type or, in
+        # OpenCV 5, does not read.
         image = cv2.imdecode(buffer, cv2.IMREAD_COLOR)
+        if image is None:
+            image = cv2.imdecode(buffer, cv2.IMREAD_UNCHANGED)
     except cv2.error:
         return None
-    if image is None or image.dtype == np.uint8:
-        return image
-    return _to_uint8(image)
+    if image is None:
+        return None
+    if image.dtype != np.uint8:
+        image = _to_uint8(image)
+    if image.ndim == 2:
+        return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)
+    return image[..., :3] if image.shape[2] >= 3 else cv2.cvtColor(image[..., 0], cv2.COLOR_GRAY2BGR)
+
+
+def is_cut_off(encoded: bytes) -> bool:
+    """Whether a JPEG or PNG ends too early: some versions of OpenCV then invent a grey or black rest without a word.
+
+    Only a file without the mark of an end at its end is looked at closely, by Pillow, which says so.
+    """
+    jpeg, png = encoded.startswith(b"\xff\xd8"), encoded.startswith(b"\x89PNG")
+    if not (jpeg and not encoded.endswith(b"\xff\xd9")) and not (png and b"IEND" not in encoded[-16:]):
+        return False
+    try:
+        Image.open(io.BytesIO(encoded)).load()
+    except (OSError, SyntaxError) as error:
+        return "truncated" in str(error)
+    except Exception:  # a kind of file that OpenCV reads and Pillow does not
+        return False
+    return False
 
 
 def _to_uint8(image: np.ndarray) -> np.ndarray:
@@ -132,6 +159,12 @@ def letterbox(
     return image, ratios, (pad_width, pad_height)
 
 
+def shape_at_long_side(height: int, width: int, size: int) -> tuple[int, int]:
+    """(height, width) after ``resize_to_long_side``."""
+    ratio = size / max(height, width)
+    return min(math.ceil(height * ratio), size), min(math.ceil(width * ratio), size)
+
+
 def resize_to_long_side(image: np.ndarray, size: int, smooth: bool = True) -> np.ndarray:
     """Scales an image so that its longer side is ``size`` pixels; the shorter one is rounded up, as in YOLOv5 since
     December 2022 (with the v7.0 tag's rounding down, mAP50 of yolov5n at 320 pixels falls by 0.004).
@@ -144,5 +177,4 @@ def resize_to_long_side(image: np.ndarray, size: int, smooth: bool = True) -> np
     if ratio == 1:
         return image
     interpolation = cv2.INTER_AREA if smooth and ratio < 1 else cv2.INTER_LINEAR
-    shape = (min(math.ceil(width * ratio), size), min(math.ceil(height * ratio), size))
-    return cv2.resize(image, shape, interpolation=interpolation)
+    return cv2.resize(image, shape_at_long_side(height, width, size)[::-1], interpolation=interpolation)

@@ -1,16 +1,12 @@
-"""Label files of a data set: finding, reading and checking them, and the cache that makes the second start quick.
+"""Label files of a data set: finding, reading and checking them; ``label_cache`` makes the second start quick.
 
 A label row is ``class x y width height`` or a polygon ``class x1 y1 x2 y2 x3 y3 ...``, normalised to 0..1. Nothing of
 the user's is ever rewritten: what is wrong is counted, named and left out.
 """
 
-import hashlib
-import io
-import json
+import math
 import os
-import tempfile
-import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +15,11 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.images import IMAGE_SUFFIXES, decode_image, is_image
+from utils.images import IMAGE_SUFFIXES, decode_image, is_cut_off, is_image
+from utils.label_cache import LabelTable, cache_candidates, load_cache, save_cache
 from utils.log import LOGGER
+from utils.packed import PackedRows, PackedTexts
 
-CACHE_VERSION = 1
 MINIMUM_IMAGE_SIDE = 10  # pixels
 NAMED_PROBLEMS = 5  # how many problems of a data set are written out
 READERS = min(8, os.cpu_count() or 1)  # threads; OpenCV decodes outside of Python's lock
@@ -50,37 +47,54 @@ def list_images(path_spec: str | Path | Sequence[str | Path]) -> list[str]:
 
 def _list_one(path: Path) -> list[str]:
     if path.is_dir():
-        found = (
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(path, followlinks=True)
-            for name in names
-            if is_image(name)
-        )
-        return sorted(found)
+        return sorted(name for name in _files_below(str(path), ()) if is_image(name))
     if not path.is_file():
         raise UserError(f"{path}: no such folder or list file. Check the paths in the data set's YAML.")
     if is_image(path):
         return [str(path)]
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-    return [_listed_image(line.strip(), path.parent) for line in lines if line.strip() and is_image(line.strip())]
+    lines = (line.strip() for line in path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines())
+    folder = str(path.parent)
+    return [_listed_image(line, folder) for line in lines if is_image(line)]
 
 
-def _listed_image(line: str, folder: Path) -> str:
+def _files_below(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """All files of a folder and its subfolders, symbolic links followed unless they lead back to a folder ``above``."""
+    status = os.stat(folder)
+    here = status.st_dev, status.st_ino
+    if here in above:
+        LOGGER.warning(f"{folder}: left out: this link leads back to a folder that it lies in")
+        return
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        LOGGER.warning(f"{folder}: left out: {error.strerror or error}")
+        return
+    for entry in entries:
+        if entry.is_dir():
+            yield from _files_below(entry.path, (*above, here))
+        else:
+            yield entry.path
+
+
+def _listed_image(line: str, folder: str) -> str:
     if line.startswith("./"):
-        return str(folder / line[2:])
-    beside = folder / line
-    return str(beside) if not os.path.exists(line) and beside.exists() else line
+        return os.path.join(folder, line[2:])
+    if os.path.isabs(line) or os.path.exists(line):
+        return line
+    beside = os.path.join(folder, line)
+    return beside if os.path.exists(beside) else line
 
 
 def label_path(image_path: str | Path) -> str:
     """The label file of an image: its last ``images`` folder replaced by ``labels``, its suffix by .txt."""
-    path = Path(image_path)
-    parts = list(path.parts)
-    for position in range(len(parts) - 2, -1, -1):
+    # As text: pathlib took most of the 6 s that a list of 100,000 images needed to start.
+    folder, name = os.path.split(image_path)
+    parts = folder.replace("/", os.sep).split(os.sep)
+    for position in range(len(parts) - 1, -1, -1):
         if parts[position] == "images":
             parts[position] = "labels"
             break
-    return str(Path(*parts).with_suffix(".txt"))
+    return os.path.join(os.sep.join(parts), os.path.splitext(name)[0] + ".txt")
 
 
 # --- one label file
@@ -119,8 +133,11 @@ def _parse_row(fields: list[str]) -> tuple[float, ...] | str:
         return "has 6 fields; a box has 5 (a sixth one, a confidence, belongs into predictions only)"
     if len(fields) < 5 or len(fields) % 2 == 0:
         return f"has {len(fields)} fields; a box has 5, a polygon 1 + 2 per corner"
+    if not all(map(math.isfinite, values)):
+        return "has a coordinate that is not a finite number"
     # Rounded to the precision the labels are kept in, so that 1.00000001 is 1 and duplicates are found.
-    values = [float(value) for value in np.array(values, np.float32)]
+    with np.errstate(over="ignore"):
+        values = [float(value) for value in np.array(values, np.float32)]
     if not all(0 <= value <= 1 for value in values):
         return "has a coordinate outside of 0..1 (coordinates are divided by the image's width and height)"
     if len(values) > 4:
@@ -134,29 +151,23 @@ def _parse_row(fields: list[str]) -> tuple[float, ...] | str:
 # --- all of a data set
 @dataclass
 class Entry:
-    """What is known of one image and its label file."""
+    """What one image and its label file are found to hold."""
 
-    stamp: tuple[
-        int, int, int, int
-    ]  # size and mtime in ns of the image, then of the label file (-1, -1: there is none)
     width: int = 0
     height: int = 0
     rows: np.ndarray = field(default_factory=lambda: np.zeros((0, 5), np.float32))
     corrupt: str = ""  # why the image cannot be used
     problems: list[str] = field(default_factory=list)  # bad label lines
 
-    @property
-    def labelled(self) -> bool:
-        return self.stamp[2] >= 0
-
 
 @dataclass
 class LabelledImages:
     """The usable images of a data set with their labels, and the counts of what is not usable."""
 
-    images: list[str]
-    labels: list[np.ndarray]  # (n, 5) float32: class, normalised xywh
+    images: PackedTexts  # paths
+    labels: PackedRows  # (n, 5) float32: class, normalised xywh
     sizes: np.ndarray  # (images, 2) int64: width, height as seen, after EXIF rotation
+    stamps: np.ndarray  # (images, 4) int64: size and modification time in ns of the image, then of its label file
     missing: int = 0  # images without a label file: background
     empty: int = 0  # label files without a usable row: background too
     corrupt: int = 0  # images that cannot be used
@@ -174,19 +185,24 @@ def read_labelled_images(
         UserError: nothing there, or no image of it can be used.
     """
     images = list_images(path_spec)
-    cache_files = cache_candidates(path_spec, images[0]) if cache else []
-    known = next((entries for file in cache_files if (entries := load_cache(file)) is not None), {})
-    entries = _renew(images, known, prefix)
-    changed = len(entries) != len(known) or any(entries[image] is not known.get(image) for image in entries)
-    if cache and changed:
-        _save_to_first_writable(cache_files, entries)
-    result = _collect(images, entries)
-    _report(result, [entries[image] for image in images], images, prefix)
-    if not result.images:
+    cache_files = cache_candidates(path_spec, label_folder(path_spec, images[0])) if cache else []
+    known = next((table for file in cache_files if (table := load_cache(file)) is not None), None)
+    table = _renew(images, known, prefix)
+    if cache and table is not known:
+        _save_to_first_writable(cache_files, table)
+    result = _collect(images, table)
+    _report(result, table, prefix)
+    if not len(result.images):
         raise UserError(
             f"{prefix}: none of {len(images)} images in {path_spec} can be used; the first reasons are above."
         )
     return result
+
+
+def label_folder(path_spec: str | Path | Sequence[str | Path], first_image: str) -> Path:
+    """The labels folder of a split, beside which its cache lies."""
+    first = Path(path_spec if isinstance(path_spec, (str, Path)) else path_spec[0])
+    return Path(label_path(os.path.join(first, "x.jpg") if first.is_dir() else first_image)).parent
 
 
 def _stamp(path: str) -> tuple[int, int]:
@@ -197,32 +213,50 @@ def _stamp(path: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _renew(images: list[str], known: dict[str, Entry], prefix: str) -> dict[str, Entry]:
-    """An entry for every image: the known one where the files are unchanged, else a new one."""
-    entries: dict[str, Entry] = {}
-    stale = []
-    for image in dict.fromkeys(images):
-        stamp = (*_stamp(image), *_stamp(label_path(image)))
-        entry = known.get(image)
-        if entry is not None and entry.stamp == stamp:
-            entries[image] = entry
-        else:
-            stale.append((image, stamp))
-    if stale:
-        with ThreadPoolExecutor(READERS) as pool:
-            fresh = pool.map(lambda item: read_entry(*item), stale)
-            progress = tqdm(fresh, f"{prefix}: reading labels", len(stale), delay=2, leave=False)
-            entries.update((image, entry) for (image, _), entry in zip(stale, progress, strict=True))
-    return entries
+def _renew(images: list[str], known: LabelTable | None, prefix: str) -> LabelTable:
+    """The table of these images: what is known where the files are unchanged, the rest read anew.
+
+    Returns ``known`` itself if it is of just these images and nothing has changed.
+    """
+    images = list(dict.fromkeys(images))
+    stamps = np.array([(*_stamp(image), *_stamp(label_path(image))) for image in images], np.int64)
+    known = known or LabelTable([], np.zeros((0, 4), np.int64), np.zeros((0, 2), np.int64), PackedRows.of([], 5))
+    if known.images == images and np.array_equal(known.stamps, stamps):
+        return known
+    place = {image: position for position, image in enumerate(known.images)}
+    places = [place.get(image, -1) for image in images]
+    unchanged = [at >= 0 and np.array_equal(known.stamps[at], now) for at, now in zip(places, stamps, strict=True)]
+    stale = [position for position, same in enumerate(unchanged) if not same]
+    with ThreadPoolExecutor(READERS) as pool:
+        read = pool.map(lambda position: read_entry(images[position], bool(stamps[position, 2] >= 0)), stale)
+        fresh = dict(zip(stale, tqdm(read, f"{prefix}: reading labels", len(stale), delay=2, leave=False), strict=True))
+    entries = [fresh.get(position) or _known_entry(known, at) for position, at in enumerate(places)]
+    return LabelTable(
+        images,
+        stamps,
+        np.array([(entry.width, entry.height) for entry in entries], np.int64),
+        PackedRows.of([entry.rows for entry in entries], 5),
+        {position: entry.corrupt for position, entry in enumerate(entries) if entry.corrupt},
+        {position: entry.problems for position, entry in enumerate(entries) if entry.problems},
+    )
 
 
-def read_entry(image: str, stamp: tuple[int, int, int, int]) -> Entry:
+def _known_entry(table: LabelTable, at: int) -> Entry:
+    size = table.sizes[at].tolist()
+    return Entry(*size, table.labels[at], table.corrupt.get(at, ""), table.problems.get(at, []))
+
+
+def read_entry(image: str, labelled: bool) -> Entry:
     """Decodes one image and parses its label file; what is wrong is said in the entry, not raised."""
-    entry = Entry(stamp)
+    entry = Entry()
     try:
-        picture = decode_image(Path(image).read_bytes())
+        encoded = Path(image).read_bytes()
     except OSError as error:
         entry.corrupt = f"{image}: {error.strerror or error}"
+        return entry
+    picture = decode_image(encoded)
+    if is_cut_off(encoded):
+        entry.corrupt = f"{image}: is cut off, its lower part is missing"
         return entry
     if picture is None:
         entry.corrupt = f"{image}: is not an image that can be decoded"
@@ -230,7 +264,7 @@ def read_entry(image: str, stamp: tuple[int, int, int, int]) -> Entry:
     entry.height, entry.width = picture.shape[:2]
     if min(entry.height, entry.width) < MINIMUM_IMAGE_SIDE:
         entry.corrupt = f"{image}: {entry.width}x{entry.height} is under {MINIMUM_IMAGE_SIDE} pixels"
-    elif entry.labelled:
+    elif labelled:
         file = label_path(image)
         try:
             entry.rows, entry.problems = parse_labels(Path(file).read_text("utf-8-sig", "replace"), file)
@@ -239,105 +273,49 @@ def read_entry(image: str, stamp: tuple[int, int, int, int]) -> Entry:
     return entry
 
 
-def _collect(images: list[str], entries: dict[str, Entry]) -> LabelledImages:
-    usable = [image for image in images if not entries[image].corrupt]
-    chosen = [entries[image] for image in usable]
+def _collect(images: list[str], table: LabelTable) -> LabelledImages:
+    """What can be used, in the order of ``images``, in which an image may occur again."""
+    if len(images) == len(table.images):  # so they are the table's
+        places = np.arange(len(images))
+    else:
+        place = {image: position for position, image in enumerate(table.images)}
+        places = np.array([place[image] for image in images])
+    usable = np.ones(len(table.images), bool)
+    usable[list(table.corrupt)] = False
+    chosen = places[usable[places]]
+    labels, stamps = table.labels.take(chosen), table.stamps[chosen]
+    labelled = stamps[:, 2] >= 0
     return LabelledImages(
-        images=usable,
-        labels=[entry.rows for entry in chosen],
-        sizes=np.array([(entry.width, entry.height) for entry in chosen], np.int64).reshape(-1, 2),
-        missing=sum(not entry.labelled for entry in chosen),
-        empty=sum(entry.labelled and not len(entry.rows) for entry in chosen),
-        corrupt=len(images) - len(usable),
-        bad_lines=sum(len(entry.problems) for entry in chosen),
+        images=PackedTexts.of(table.images[position] for position in chosen),
+        labels=labels,
+        sizes=table.sizes[chosen],
+        stamps=stamps,
+        missing=int((~labelled).sum()),
+        empty=int((labelled & (labels.counts == 0)).sum()),
+        corrupt=len(images) - len(chosen),
+        bad_lines=sum(len(table.problems.get(position, ())) for position in chosen) if table.problems else 0,
     )
 
 
-def _report(result: LabelledImages, entries: Iterable[Entry], images: list[str], prefix: str) -> None:
-    boxes = sum(map(len, result.labels))
-    parts = [f"{len(result.images)} images, {boxes} boxes"]
+def _report(result: LabelledImages, table: LabelTable, prefix: str) -> None:
+    parts = [f"{len(result.images)} images, {len(result.labels.rows)} boxes"]
     parts += [f"{result.missing} without a label file"] if result.missing else []
     parts += [f"{result.empty} with an empty one"] if result.empty else []
     parts += [f"{result.corrupt} unusable images left out"] if result.corrupt else []
     parts += [f"{result.bad_lines} label lines left out"] if result.bad_lines else []
     LOGGER.info(f"{prefix}: " + ", ".join(parts))
-    problems = [text for entry in entries for text in ([entry.corrupt] if entry.corrupt else entry.problems)]
+    found = table.problems | {position: [text] for position, text in table.corrupt.items()}
+    problems = [text for position in sorted(found) for text in found[position]]
     for text in problems[:NAMED_PROBLEMS]:
         LOGGER.warning(f"{prefix}: left out: {text}")
     if len(problems) > NAMED_PROBLEMS:
         LOGGER.warning(f"{prefix}: ... and {len(problems) - NAMED_PROBLEMS} more")
 
 
-# --- the cache
-def cache_candidates(path_spec: str | Path | Sequence[str | Path], first_image: str) -> list[Path]:
-    """Where the cache of a split may lie, best place first: beside its labels folder (or list file), or the user's."""
-    specs = [path_spec] if isinstance(path_spec, (str, Path)) else list(path_spec)
-    key = hashlib.sha256("\n".join(os.path.abspath(spec) for spec in specs).encode()).hexdigest()[:12]
-    first = Path(specs[0])
-    if first.is_file() and not is_image(first):
-        place = first
-    else:
-        place = Path(label_path(os.path.join(first, "x.jpg") if first.is_dir() else first_image)).parent
-    name = f"{place.stem}.labels.cache" if len(specs) == 1 else f"{place.stem}-{key}.labels.cache"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [place.absolute().with_name(name), home / "yolov5_qat" / f"{place.stem}-{key}.labels.cache"]
-
-
-def save_cache(file: Path, entries: dict[str, Entry]) -> None:
-    """Writes entries into one npz file of plain arrays (no pickle): first to a temporary file, then renamed.
-
-    Raises:
-        OSError: the folder cannot be written to, or is marked read-only.
-    """
-    texts = {
-        "images": list(entries),
-        "corrupt": [entry.corrupt for entry in entries.values()],
-        "problems": [entry.problems for entry in entries.values()],
-    }
-    arrays = {
-        "version": np.array(CACHE_VERSION),
-        "texts": np.frombuffer(json.dumps(texts).encode(), np.uint8),
-        "stamps": np.array([entry.stamp for entry in entries.values()], np.int64),
-        "sizes": np.array([(entry.width, entry.height) for entry in entries.values()], np.int64),
-        "counts": np.array([len(entry.rows) for entry in entries.values()], np.int64),
-        "rows": np.concatenate([entry.rows for entry in entries.values()]),
-    }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if not file.parent.stat().st_mode & 0o222:
-        # The system would let root write here; whoever took the write bits away meant it.
-        raise PermissionError(f"{file.parent} is marked read-only")
-    handle, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            np.savez(stream, **arrays)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def load_cache(file: Path) -> dict[str, Entry] | None:
-    """The entries of a cache file; None where there is none, or one that this version did not write."""
-    try:
-        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
-            if int(arrays["version"]) != CACHE_VERSION:
-                return None
-            texts = json.loads(arrays["texts"].tobytes())
-            rows = np.split(arrays["rows"].astype(np.float32), np.cumsum(arrays["counts"])[:-1])
-            stamps, sizes = arrays["stamps"].tolist(), arrays["sizes"].tolist()
-        columns = zip(texts["images"], texts["corrupt"], texts["problems"], stamps, sizes, rows, strict=True)
-        return {
-            image: Entry(tuple(stamp), *size, rows, corrupt, problems)
-            for image, corrupt, problems, stamp, size, rows in columns
-        }
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
-        return None
-
-
-def _save_to_first_writable(files: list[Path], entries: dict[str, Entry]) -> None:
+def _save_to_first_writable(files: list[Path], table: LabelTable) -> None:
     for file in files:
         try:
-            return save_cache(file, entries)
+            return save_cache(file, table)
         except OSError:
             continue
     LOGGER.warning(f"No label cache was written: neither {files[0].parent} nor {files[-1].parent} is writable.")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils import distributed
 from utils.iou import bbox_iou
 
 # A box belongs to its own cell and to the nearest of the left/right and of the upper/lower neighbours.
@@ -30,7 +31,8 @@ def scale_loss_gains(hyp: Mapping, num_levels: int, num_classes: int, image_size
 class Assignment:
     """Candidates of one level, K = 5 * anchors * targets of them; only those under ``mask`` are matches.
 
-    Every candidate is kept and masked, because picking the matches out would make the host wait for the device.
+    Every candidate is kept and masked, because picking the matches out would make the host wait for the device. Where
+    the host is the device, ``only_matches`` saves the work on the others.
     """
 
     mask: Tensor  # (K,) bool
@@ -40,6 +42,11 @@ class Assignment:
     column: Tensor  # (K,) int64, inside the map
     label: Tensor  # (K,) int64, class index
     box: Tensor  # (K, 4) centre relative to the cell's corner, width, height; in cells
+
+    def only_matches(self) -> "Assignment":
+        """The matches alone, in their order: their number becomes a shape."""
+        chosen = self.mask.nonzero()[:, 0]
+        return Assignment(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
 
 
 def assign_targets(targets: Tensor, anchors: Tensor, height: int, width: int, anchor_threshold: float) -> Assignment:
@@ -89,7 +96,7 @@ def assign_targets(targets: Tensor, anchors: Tensor, height: int, width: int, an
 class DetectionLoss(nn.Module):
     """Sum over levels of box (1 - CIoU), objectness and class terms.
 
-    Nothing in it waits for the device: the number of matches never becomes a shape.
+    Nothing in it waits for a GPU: the number of matches never becomes a shape there.
 
     Args:
         anchors: (levels, A, 2) in units of each level's stride.
@@ -123,23 +130,25 @@ class DetectionLoss(nn.Module):
         self.true_value, self.false_value = 1.0 - 0.5 * label_smoothing, 0.5 * label_smoothing
         self.level_balance = LEVEL_BALANCE_3 if len(anchors) == 3 else LEVEL_BALANCE[: len(anchors)]
 
-    def forward(self, raw_maps: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, raw_maps: Sequence[Tensor], targets: Tensor, shared: bool = False) -> tuple[Tensor, Tensor]:
         """Computes the loss of one batch.
 
         Args:
             raw_maps: per level (B, A, H, W, 5 + classes), the Detect head's output before any sigmoid.
             targets: (n, 6) rows image index, class, centre x, centre y, width, height; normalised; on the same device.
+            shared: whether all processes call this together, each with its part, equally large, of one batch. Matches
+                are then counted over all of them, so that the mean over the processes is the loss of the whole batch.
 
         Returns:
             The scalar to differentiate, (box + obj + cls) * B, and a detached (3,) tensor box, obj, cls (per image).
         """
         targets = targets.float()
         total_box = total_objectness = total_class = raw_maps[0].new_zeros((), dtype=torch.float32)
-        for level, raw in enumerate(raw_maps):
-            match = assign_targets(targets, self.anchors[level], raw.shape[2], raw.shape[3], self.anchor_threshold)
+        matches = [self._matches(raw, targets, level) for level, raw in enumerate(raw_maps)]
+        counts = torch.stack([match.mask.sum() for match in matches])
+        counts = distributed.mean(counts).clamp(min=1 / distributed.world_size()) if shared else counts.clamp(min=1)
+        for level, (raw, match, count) in enumerate(zip(raw_maps, matches, counts, strict=True)):
             answers = raw[match.image, match.anchor, match.row, match.column].float()  # (K, 5 + classes)
-            count = match.mask.sum().clamp(min=1)
-
             overlap = self._overlap(answers, match, level)
             total_box = total_box + torch.where(match.mask, 1 - overlap, 0.0).sum() / count
             expected = self._objectness_target(overlap.detach(), match, raw.shape[:4])
@@ -152,6 +161,10 @@ class DetectionLoss(nn.Module):
             (total_box * self.gain_box, total_objectness * self.gain_objectness, total_class * self.gain_class)
         )
         return parts.sum() * raw_maps[0].shape[0], parts.detach()
+
+    def _matches(self, raw: Tensor, targets: Tensor, level: int) -> Assignment:
+        match = assign_targets(targets, self.anchors[level], raw.shape[2], raw.shape[3], self.anchor_threshold)
+        return match.only_matches() if raw.device.type == "cpu" else match
 
     def _overlap(self, answers: Tensor, match: Assignment, level: int) -> Tensor:
         """CIoU (K,) of the predicted boxes with the labelled ones, in cells."""

@@ -188,15 +188,16 @@ def ap_per_class(
         confidence, predicted: (n,) confidence and class of each detection.
         actual: (m,) class of each label.
     """
-    order = np.argsort(-confidence, kind="stable")
+    order = np.lexsort((-confidence, predicted))  # by class, in it the most confident first; stable
     correct, confidence, predicted = correct[order], confidence[order], predicted[order]
     classes, number_labels = np.unique(actual.astype(int), return_counts=True)
     shape = (len(classes), len(CONFIDENCE_AXIS))
     precision_curve, recall_curve, precision_by_recall = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     ap = np.zeros((len(classes), correct.shape[1]))
-    for index, label in enumerate(classes):
-        chosen = predicted == label
-        if not chosen.any():
+    starts, ends = (np.searchsorted(predicted, classes, side) for side in ("left", "right"))
+    for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        chosen = slice(start, end)
+        if start == end:
             continue
         hits = correct[chosen].cumsum(0)
         recall = hits / (number_labels[index] + eps)

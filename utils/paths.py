@@ -1,6 +1,10 @@
-"""Where things are: the project's root folder and numbered run folders."""
+"""Where things are: the project's root folder, numbered run folders, files that appear whole or not at all."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,3 +27,27 @@ def increment_path(path: str | Path, exist_ok: bool = False, make: bool = False)
             except FileExistsError:
                 pass
         number += 1
+
+
+def write_text_at_once(path: Path, text: str) -> None:
+    """Writes a UTF-8 file that is, at every moment, the old or the new one. Raises OSError as ``written_at_once``."""
+    with written_at_once(path) as stream:
+        stream.write(text.encode())
+
+
+@contextmanager
+def written_at_once(path: Path) -> Iterator[BinaryIO]:
+    """A stream whose content becomes the file ``path`` when the block ends, and leaves nothing if it fails.
+
+    The file has the permissions of any new file (one made by ``tempfile`` could be read by its owner alone).
+
+    Raises:
+        OSError: the folder cannot be written to, or the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -351,7 +351,9 @@ class TorchFile:
         self._records: dict[str, bytes] = {}
         self._archive_prefix: str | None = None
         if not self.path.is_file():
-            raise UserError(f"{self.path} does not exist. Give the path of a .pt file")
+            raise UserError(
+                f"{self.path} {'is a folder' if self.path.is_dir() else 'does not exist'}. Give the path of a .pt file"
+            )
         try:
             self.root = self._read_zip() if zipfile.is_zipfile(self.path) else self._read_legacy()
         except RefusedError as reason:

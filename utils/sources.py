@@ -24,6 +24,7 @@ class Frame:
         index: the number of a video's frame from 0; 0 for an image.
         count: how many frames the video says it has (0 if it does not say); 1 for an image.
         fps: a video's frames per second, 0.0 for an image.
+        is_live: it comes from a camera or a stream, whose name ``path`` is.
     """
 
     path: Path
@@ -31,10 +32,16 @@ class Frame:
     index: int = 0
     count: int = 1
     fps: float = 0.0
+    is_live: bool = False
 
     @property
     def is_video(self) -> bool:
         return self.fps > 0
+
+    @property
+    def kind(self) -> str:
+        """How messages call it."""
+        return "stream" if self.is_live else "video" if self.is_video else "image"
 
 
 def list_sources(source: str | Path) -> list[Path]:
@@ -48,7 +55,7 @@ def list_sources(source: str | Path) -> list[Path]:
     """
     text = str(source)
     if "://" in text or text.isdigit():
-        raise UserError(f"--source {text}: cameras and network addresses are not read. Give a file, folder or pattern.")
+        raise UserError(f"--source {text}: is no file, folder or pattern")
     path = Path(text).expanduser()
     if path.suffix.lower() == ".txt" and path.is_file():
         files = [

@@ -95,9 +95,11 @@ def test_a_quantized_checkpoint_computes_as_in_training(tmp_path):
     model = quantized_detector(4, gabfusion=True)
     path = save(model, tmp_path / "best.pt")
     batch = images(2)
+    # As in the backend: on some processors the two memory formats have different convolutions, whose sums round apart.
+    model.to(memory_format=torch.channels_last)
     with torch.no_grad():
         before = model(batch)[0]
-    torch.testing.assert_close(load_backend(path, "cpu")(batch)[0], before, rtol=0, atol=0)
+    torch.testing.assert_close(load_backend(path, "cpu")(batch)[0], before, rtol=1e-4, atol=1e-3)
     network, weights = load_network(path)
     assert weights.quantization["weight"]["bits"] == 4
     assert any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
@@ -114,7 +116,7 @@ def test_metadata_is_data_not_code(tmp_path):
 
 @pytest.mark.parametrize("text", ["{0: 'a', 1: 'b'}", '{"0": "a", "1": "b"}', "['a', 'b']"])
 def test_names_are_read_in_every_usual_form(tmp_path, text):
-    path = plain_model(tmp_path / "m.onnx", {"names": text, "stride": "8"})
+    path = plain_model(tmp_path / "m.onnx", {"names": text, "stride": "8"}, columns=7)
     backend = load_backend(path, "cpu")
     assert (backend.names, backend.stride) == ({0: "a", 1: "b"}, 8)
 

@@ -394,3 +394,26 @@ def test_official_nano_finds_the_objects_of_a_photograph(shared_data):
 
 def label_file(image_file: Path) -> Path:
     return Path(str(image_file).replace("/images/", "/labels/")).with_suffix(".txt")
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
+def test_confident_rows_are_rows_of_the_decoded_predictions(layout, share):
+    torch.manual_seed(0)
+    model = DetectionModel("yolov5n.yaml", nc=4).eval().to(memory_format=layout)
+    for convolution in model.detect.m:
+        convolution.weight.data.normal_(std=0.3)
+        convolution.bias.data.zero_()
+    images = torch.rand(3, 3, 96, 64).to(memory_format=layout)
+    with torch.no_grad():
+        predictions, whole = model(images)
+        model.detect.decodes = False
+        nothing, raw = model(images)
+    threshold = float(predictions[..., 4].quantile(share))
+    assert nothing is None and all(torch.equal(a, b) for a, b in zip(raw, whole, strict=True))
+    rows = model.detect.confident_rows(raw, threshold)
+    assert len(rows) == 3
+    for mine, everything in zip(rows, predictions, strict=True):
+        torch.testing.assert_close(mine, everything[everything[:, 4] > threshold], rtol=1e-5, atol=1e-4)
+    expected = int((predictions[..., 4] > threshold).sum())
+    assert sum(map(len, rows)) == expected and (expected == 0) == (share == 1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from quant import ada
 from quant.ada import (
     AttentionAlignment,
     freeze_teacher,
@@ -110,3 +111,36 @@ def test_loss_trains_the_student_and_never_the_teacher(attention, divergence, no
 def test_equal_features_cost_nothing():
     feature = torch.randn(2, 3, 8, 8)
     assert abs(AttentionAlignment()({1: feature}, {1: feature.clone()}, {}).item()) < 1e-6
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("divergence", ["js", "kl"])
+def test_the_fused_divergence_equals_the_simple_functions(divergence, temperature, layout, monkeypatch):
+    monkeypatch.setattr(ada, "BLOCK", 2 * 4 * 30)  # pieces of two samples, the last one of one
+    torch.manual_seed(0)
+    student = torch.randn(5, 4, 5, 6, dtype=torch.float64).to(memory_format=layout).requires_grad_(True)
+    teacher = torch.randn(5, 4, 5, 6, dtype=torch.float64)
+    loss = AttentionAlignment("simam", divergence, temperature=temperature)({0: student}, {0: teacher}, {})
+    (gradient,) = torch.autograd.grad(3 * loss, student)
+
+    def log_map(x):  # simam_energy without its rounding to float32
+        deviation = (x - x.mean((-2, -1), keepdim=True)).square()
+        variance = deviation.sum((-2, -1), keepdim=True) / 29
+        return torch.log_softmax((deviation / (4 * (variance + 1e-4)) + 0.5).flatten(-2) / temperature, -1)
+
+    expected = ada.DIVERGENCES[divergence](log_map(teacher), log_map(student))
+    (expected_gradient,) = torch.autograd.grad(3 * expected, student)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-14)
+
+
+def test_distributions_that_share_nothing_have_a_finite_divergence():
+    """Two peaks at different places: both probabilities underflow to 0 elsewhere."""
+    student, teacher = torch.zeros(1, 1, 20, 20), torch.zeros(1, 1, 20, 20)
+    student[..., 3, 3], teacher[..., 15, 15] = 1.0, 1.0
+    student.requires_grad_(True)
+    loss = AttentionAlignment("simam", "js", temperature=0.01)({0: student}, {0: teacher}, {})
+    loss.backward()
+    assert abs(loss.item() - math.log(2)) < 1e-5
+    assert student.grad.isfinite().all()

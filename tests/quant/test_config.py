@@ -69,7 +69,7 @@ def test_refusals_name_the_key(values, message):
 def test_broken_recipe_files(tmp_path):
     broken = tmp_path / "b.yaml"
     broken.write_text("weight: {bits: [")
-    with pytest.raises(UserError, match="not a YAML file"):
+    with pytest.raises(UserError, match="not a valid YAML file"):
         build_config("lsq", recipe=broken)
 
 
@@ -110,3 +110,10 @@ def test_options_of_a_recipe_belong_to_the_method_of_the_flag(tmp_path):
     assert build_config("pact", recipe=file).options == {"penalty": 0, "weights": "dorefa"}
     with pytest.raises(UserError, match=r"penalty.yaml: unknown key 'options.penalty'"):
         build_config(recipe=file)
+
+
+@pytest.mark.parametrize("block", [{"fold": "keep"}, {"paper": True, "fold": "finetune"}])
+def test_backward_balance_has_no_normalisation_to_fold(block):
+    with pytest.raises(UserError, match="gabfusion: balance: backward"):
+        QuantConfig.from_dict({"gabfusion": {"balance": "backward", **block}})
+    assert QuantConfig.from_dict({"gabfusion": "backward"}).gabfusion.balance == "backward"

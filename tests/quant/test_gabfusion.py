@@ -115,6 +115,34 @@ def test_controller_moves_a_constructed_imbalance_towards_one():
     assert node.factors()[0] < node.factors()[1]
 
 
+def test_backward_scales_gradients_to_their_geometric_mean_and_leaves_the_features_alone():
+    node = GABFusion(3, "backward")
+    node.set_strength(1.0)
+    weight = torch.cat([torch.full((1, channels, 1, 1), gain) for channels, gain in ((2, 8.0), (3, 1.0), (4, 2.0))], 1)
+    torch.manual_seed(0)
+    for step in range(2):
+        branches = [torch.randn(2, channels, 5, 5, requires_grad=True) for channels in (2, 3, 4)]
+        fused = node(branches)
+        assert torch.equal(fused, torch.cat(branches, 1)) and node.is_identity
+        (fused * weight).sum().backward(inputs=branches)
+        norms = [float(branch.grad.norm()) for branch in branches]
+        plain = [gain * (2 * channels * 25) ** 0.5 for channels, gain in ((2, 8.0), (3, 1.0), (4, 2.0))]
+        mean = (plain[0] * plain[1] * plain[2]) ** (1 / 3)
+        assert norms == pytest.approx(plain if step == 0 else [mean] * 3, rel=1e-4)
+        torch.testing.assert_close(node.energy, torch.tensor(plain))  # before they were scaled
+        node.update_balance()
+
+
+def test_backward_scales_no_gradient_by_more_than_its_limit_nor_those_of_other_readers():
+    node = GABFusion(2, "backward")
+    node.energy_average.copy_(torch.tensor([1000.0, 1.0]))
+    node.updates.fill_(1)
+    branches = [torch.randn(1, 2, 3, 3, requires_grad=True) for _ in range(2)]
+    (node(branches).sum() + 7 * branches[0].sum()).backward()
+    assert branches[0].grad.unique().tolist() == pytest.approx([7 + 1 / 4])
+    assert branches[1].grad.unique().tolist() == pytest.approx([4.0])
+
+
 def test_gradient_scale_of_mixed_precision_is_divided_out():
     nodes = [GABFusion(2, "feedback"), GABFusion(2, "feedback")]
     for node, scale in zip(nodes, (1.0, 1024.0), strict=True):

@@ -365,7 +365,7 @@ def test_weights_follow_the_papers_scaling(bits, half):
     torch.manual_seed(bits)
     scales = torch.tensor([0.1, 1.0, 5.0]).reshape(3, 1, 1, 1)
     weight = (torch.randn(3, 40, 3, 3) * scales).requires_grad_(True)
-    quantizer = N2UQ.for_weights(bits, 3, N2UQOptions(weights="half" if half else "symmetric"))
+    quantizer = N2UQ.for_weights(bits, 3, N2UQOptions(weights="half" if half else "symmetric", clip="entropy"))
     quantizer.initialise(weight)
     upstream = torch.randn_like(weight)
     y = quantizer(weight)
@@ -377,6 +377,28 @@ def test_weights_follow_the_papers_scaling(bits, half):
         assert torch.equal(weight.grad[channel], upstream[channel] * mask) and not mask.all()
         assert len(y[channel].unique()) == (2**bits if half else 2**bits - 1)
     assert (0.0 in y) is not half
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_searched_clip_has_the_smallest_error_and_the_papers_has_not(bits):
+    weight = torch.randn(3, 400, generator=torch.Generator().manual_seed(bits))
+
+    def error(clip):
+        quantizer = N2UQ.for_weights(bits, 3, N2UQOptions(clip=clip))
+        quantizer.initialise(weight)
+        return (quantizer.eval()(weight) - weight).square().sum(1)
+
+    best = torch.full((3,), torch.inf)
+    for share in torch.linspace(0.05, 1, 400):
+        step = (share * weight.abs().amax(1) / (2 ** (bits - 1) - 1)).reshape(3, 1)
+        limit = 2 ** (bits - 1) - 1
+        best = best.minimum(((weight / step).round().clamp(-limit, limit) * step - weight).square().sum(1))
+    torch.testing.assert_close(error("auto"), best, rtol=0.01, atol=0)
+    assert (
+        torch.equal(error("auto"), error("searched")) and (error("entropy") > (1.0 if bits == 2 else 1.05) * best).all()
+    )
+    paper = N2UQ.for_weights(bits, 3, N2UQOptions(paper=True))
+    assert not paper.searched and paper.half_levels
 
 
 @pytest.mark.parametrize("channels", [None, 6])

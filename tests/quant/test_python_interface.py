@@ -433,7 +433,7 @@ def test_importing_the_package_is_light_and_names_survive_the_import_of_files():
 
 def test_example_of_the_page_runs(tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code, _of_the_detector = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     Path("example.py").write_text(code, encoding="utf-8")
     space = runpy.run_path("example.py")

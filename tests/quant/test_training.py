@@ -1,12 +1,14 @@
 """The quantized phase's companion: distillation, penalties, the schedule's effect on what may be exported, monitors."""
 
 import copy
+import math
 
 import pytest
 import torch
 from small_detector import float_detector, images, quantized_detector
 from torch import nn
 
+import quant.training
 from quant.config import QuantConfig, build_config, merge
 from quant.gabfusion import GABFusion
 from quant.quantizer import Quantizer
@@ -17,7 +19,8 @@ from utils.errors import UserError
 def companion(model=None, recipe=None, **flags):
     model = quantized_detector(gabfusion=True).train() if model is None else model
     config = build_config("lsq", 4, gabfusion=flags.pop("gabfusion", True), **flags)
-    config = QuantConfig.from_dict(merge(config.to_dict(), recipe or {}))
+    plain = {"distillation": {"logits": 0.0, "gradient_ratio": 0.0}}
+    config = QuantConfig.from_dict(merge(merge(config.to_dict(), plain), recipe or {}))
     teacher = float_detector(seed=1) if config.needs_teacher else None
     return QuantizedTraining(model, copy.deepcopy(model), config, teacher, epochs=10)
 
@@ -116,6 +119,56 @@ def test_each_term_reports_its_loss_and_its_gradient(capsys):
         assert f"quant/{name}_loss" in training.columns and f"{name} loss" in out
 
 
+def test_weights_follow_the_gradient_ratio_that_was_asked_for(monkeypatch):
+    monkeypatch.setattr(quant.training, "WEIGHT_RANGE", 1e9)  # these random networks are far from where weights end
+    recipe = {
+        "distillation": {"feature_mse": 2.0, "logits": 4.0, "gradient_ratio": 0.5},
+        "ada": {"gradient_ratio": 0.1},
+    }
+    training = companion(ada="kl", recipe=recipe)
+    assert training.measures(0, 64) and training.measures(3, 64)  # until it has been measured once
+    for first in (True, False):
+        losses, features, raw = run(training, images(2))
+        task = sum(level.square().sum() for level in raw)
+        training.measure_ratios(task, losses, features)
+        before = dict(training.gradient_ratios)
+        fitted = training.fit_weights(losses)
+        training.measure_ratios(task, fitted, features)
+        assert training.gradient_ratios == pytest.approx({"ada": 0.1, "feature_mse": 0.5, "logits": 0.5}, rel=1e-3)
+        if first:  # far from where they have to be
+            assert max(abs(math.log(before[name] / ratio)) for name, ratio in training.gradient_ratios.items()) > 1
+    assert [index for index in range(64) if training.measures(index, 64)] == list(range(0, 64, 4))
+    training.gradient_ratios = {"ada": 0.1 * 100, "feature_mse": 0.5 / 100, "logits": 0.5}
+    before = dict(training.term_weights)
+    training.fit_weights(losses)
+    moved = {name: training.term_weights[name] / before[name] for name in before}
+    assert moved == pytest.approx({"ada": 1 / 1.5, "feature_mse": 1.5, "logits": 1.0})
+
+
+def test_a_weight_that_follows_a_ratio_stays_within_bounds():
+    training = companion(recipe={"distillation": {"logits": 0.03, "gradient_ratio": 1.0}})
+    loss = {"logits": torch.tensor(2.0)}
+    for ratio in (0.0, math.inf, math.nan):
+        training.gradient_ratios = {"logits": ratio}
+        assert training.fit_weights(loss) == loss and training.term_weights == {"logits": 0.03}
+    training.weights_fitted = False
+    training.gradient_ratios = {"logits": 1e-9}
+    assert training.fit_weights(loss)["logits"].item() == pytest.approx(200.0)
+    assert training.term_weights["logits"] == pytest.approx(3.0)
+    training.weights_fitted = False
+    training.gradient_ratios = {"logits": 1e9}
+    training.fit_weights(loss)
+    assert training.term_weights["logits"] == pytest.approx(0.0003)
+
+
+def test_without_a_ratio_weights_stay_and_are_measured_once_an_epoch():
+    training = companion(ada="kl", recipe=ALL)
+    assert [index for index in range(64) if training.measures(index, 64)] == [32]
+    losses, features, raw = run(training, images(2))
+    training.measure_ratios(sum(level.square().sum() for level in raw), losses, features)
+    assert training.fit_weights(losses) == losses and training.term_weights["logits"] == 4.0
+
+
 def test_a_gradient_ratio_is_that_of_the_norms():
     training = companion(ada="kl", recipe=ALL)
     losses, features, raw = run(training, images(2))
@@ -142,9 +195,14 @@ def test_terms_may_look_at_other_layers_than_attention():
         companion(recipe={"distillation": {"logits": 1.0, "layers": [99]}})
 
 
-def test_logits_alone_need_a_teacher_too():
-    config = QuantConfig.from_dict({"distillation": "logits"})
-    assert config.needs_teacher and config.distillation.logits > 0 and config.distillation.feature_mse == 0
+def test_by_default_a_network_learns_from_the_teachers_logits():
+    config = QuantConfig.from_dict({})
+    assert config.needs_teacher and list(config.distillation.weights) == ["logits"]
+    assert QuantConfig.from_dict({"distillation": "logits"}) == config
+    assert list(QuantConfig.from_dict({"distillation": "feature_mse"}).distillation.weights) == ["feature_mse"]
+    assert list(QuantConfig.from_dict({"distillation": {"feature_mse": 1.0}}).distillation.weights) == [
+        "feature_mse", "logits",
+    ]  # fmt: skip
     model = quantized_detector()
     with pytest.raises(UserError, match="need a float teacher"):
         QuantizedTraining(model, copy.deepcopy(model), config, None, 1)

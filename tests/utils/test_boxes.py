@@ -66,3 +66,14 @@ def test_boxes_are_clipped_to_height_and_width(corners):
     assert clipped.min() == 0
     assert clipped[:, [0, 2]].max() == 200
     assert clipped[:, [1, 3]].max() == 100
+
+
+def test_rows_of_each_image_equal_a_search_for_them():
+    rows = torch.rand(40, 6, generator=torch.Generator().manual_seed(0))
+    for index in (torch.arange(40) // 12, torch.arange(40) % 5 * 2):
+        rows[:, 0] = index
+        split = subject.split_by_image(rows, 9)
+        assert len(split) == 9
+        for image, mine in enumerate(split):
+            assert torch.equal(mine, rows[rows[:, 0] == image, 1:])
+    assert [len(part) for part in subject.split_by_image(rows[:0], 3)] == [0, 0, 0]

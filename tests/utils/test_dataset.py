@@ -4,7 +4,8 @@ import torch
 
 from utils.augment import denormalise_labels
 from utils.boxes import scale_boxes, xywhn_to_xyxy
-from utils.dataset import DetectionDataset, EpochSampler, create_dataloader, rect_batch_shapes
+from utils.dataset import DetectionDataset, EpochSampler, collate, collate_quads, create_dataloader, rect_batch_shapes
+from utils.dataset_yaml import load_dataset_yaml
 from utils.errors import UserError
 from utils.images import write_image
 
@@ -60,10 +61,12 @@ def test_an_epoch_depends_on_the_seed_only_and_not_on_the_workers(tiny_dataset):
     single, _ = train(tiny_dataset)
     several, _ = train(tiny_dataset, workers=2)
     cached, _ = train(tiny_dataset, cache="ram")
+    mapped, _ = train(tiny_dataset, cache="disk", workers=2)
     straight = [epoch(single, number) for number in range(3)]
     assert_same(straight[0], epoch(several, 0))
     assert_same(straight[2], epoch(several, 2))  # resumed: epoch 1 was never drawn
     assert_same(straight[1], epoch(cached, 1))
+    assert_same(straight[1], epoch(mapped, 1))
     assert_same(straight[1], epoch(single, 1))
     assert not torch.equal(straight[0][0][0], straight[1][0][0])
     assert straight[0][0][2] != straight[1][0][2]
@@ -158,8 +161,8 @@ def test_training_without_labels_is_refused(tiny_dataset):
         file.unlink()
     with pytest.raises(UserError, match="no labels"):
         train(tiny_dataset)
-    with pytest.raises(UserError, match="--cache disk"):
-        DetectionDataset(tiny_dataset.parent / "images" / "val", 64, cache="disk")
+    with pytest.raises(UserError, match="--cache tape"):
+        DetectionDataset(tiny_dataset.parent / "images" / "val", 64, cache="tape")
 
 
 def test_rectangular_training_makes_no_mosaic(tiny_dataset):
@@ -190,3 +193,77 @@ def test_real_images_in_rectangular_batches(shared_data):
     assert images.shape[2] < 672
     assert all(max(native[0] * ratio[0], native[1] * ratio[1]) == pytest.approx(640) for native, (ratio, _) in shapes)
     assert len(targets) == sum(map(len, dataset.labels[:8]))
+
+
+def test_rect_shapes_equal_a_search_for_each_batch():
+    rng = np.random.default_rng(0)
+    ratios = np.sort(rng.uniform(0.4, 2.2, 103))
+    index = np.arange(103) // 8
+    expected = np.ones((13, 2))
+    for batch in range(13):
+        mine = ratios[index == batch]
+        if mine.max() < 1:
+            expected[batch, 0] = mine.max()
+        elif mine.min() > 1:
+            expected[batch, 1] = 1 / mine.min()
+    expected = np.ceil(expected * 640 / 32 + 0.5).astype(int) * 32
+    assert np.array_equal(rect_batch_shapes(ratios, index, 640, 32, 0.5), expected)
+    assert len(np.unique(expected, axis=0)) > 5
+
+
+def test_a_batch_is_channels_last_and_holds_the_planes_of_its_images(tiny_dataset):
+    loader, _ = train(tiny_dataset)
+    images = epoch(loader, 0)[0][0]
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    plain = create_dataloader(load_dataset_yaml(tiny_dataset).val, 96, 2, workers=0, prefix="val")[1]
+    first, second = plain[0][0], plain[1][0]
+    blue_green_red, _, _ = plain._letterboxed(0)
+    assert torch.equal(first, torch.from_numpy(blue_green_red[..., ::-1].transpose(2, 0, 1).copy()))
+    items = [plain[0], plain[1]]
+    assert torch.equal(collate(items)[0], torch.stack((first, second)))
+
+
+def test_quads_equal_a_plain_construction():
+    """Both ways of making one, against slices and loops; the group that is not full takes the batch's first images."""
+    generator = np.random.default_rng(0)
+    items = []
+    for number in range(6):
+        pixels = torch.from_numpy(generator.integers(0, 255, (8, 12, 3), dtype=np.uint8)).permute(2, 0, 1)
+        rows = torch.tensor([[0, number, 0.25, 0.5, 0.5, 0.25]])
+        items.append((pixels, rows, f"{number}.jpg", None))
+    kinds = set()
+    for first in range(6):
+        rolled = items[first:] + items[:first]
+        images, targets, paths, shapes = collate_quads(rolled)
+        assert images.shape == (2, 3, 16, 24) and shapes == [None, None]
+        for index, group in enumerate((rolled[:4], [*rolled[4:], *rolled[:2]])):
+            rows = targets[targets[:, 0] == index]
+            assert paths[index] == group[0][2]
+            kinds.add(len(rows))
+            if len(rows) == 1:
+                enlarged = torch.nn.functional.interpolate(group[0][0][None].float(), (16, 24), mode="bilinear")[0]
+                assert (images[index] - enlarged).abs().max() <= 1
+                assert rows.tolist() == [[index, *group[0][1][0, 1:].tolist()]]
+                continue
+            corners = [(0, 0), (8, 0), (0, 12), (8, 12)]
+            for (pixels, original, _, _), (top, left), row in zip(group, corners, rows, strict=True):
+                assert torch.equal(images[index, :, top : top + 8, left : left + 12], pixels)
+                x, y = (float(original[0, 2]) * 12 + left) / 24, (float(original[0, 3]) * 8 + top) / 16
+                assert row[1:].tolist() == [original[0, 1], x, y, 0.25, 0.125]
+    assert kinds == {1, 4}
+    assert items[0][1].tolist() == [[0, 0, 0.25, 0.5, 0.5, 0.25]]  # the data set's own labels are as they were
+
+
+def test_weighted_images_are_drawn_by_their_weights_and_alike_on_every_rank():
+    samplers = [EpochSampler(10, True, 7, rank, 2) for rank in (0, 1)]
+    drawn = []
+    for sampler in (*samplers, EpochSampler(10, True, 7)):
+        sampler.weights = np.array([0.7, 0.3] + [0.0] * 8)
+        sampler.set_epoch(3)
+        drawn.append([index for _, index in sampler])
+    assert sorted(drawn[0] + drawn[1]) == sorted(drawn[2])
+    counts = np.zeros(10)
+    for epoch in range(200):
+        samplers[0].set_epoch(epoch)
+        counts += np.bincount([index for _, index in samplers[0]], minlength=10)
+    assert counts[2:].sum() == 0 and 0.65 < counts[0] / counts.sum() < 0.75

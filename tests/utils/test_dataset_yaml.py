@@ -59,7 +59,7 @@ def test_where_a_relative_path_is_looked_for(write, tmp_path, monkeypatch):
         ({"names": None}, "'names' is missing"),
         ({"train": None}, "'train' is missing"),
         ({"val": "images/nowhere"}, "nowhere not found"),
-        ({"val": "images/nowhere", "download": "https://example.com/set.zip"}, "example.com"),
+        ({"evaluation": "kitti"}, "evaluation: kitti"),
         ({"nc": 3}, "'nc' is 3 but there are 2 names"),
         ({"names": {1: "cat", 2: "dog"}}, "0, 1, 2"),
         ({"names": "cat"}, "'names'"),

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from utils.errors import UserError
-from utils.images import letterbox, read_image, resize_to_long_side, write_image
+from utils.images import is_cut_off, letterbox, read_image, resize_to_long_side, write_image
 
 # (height, width), arguments, shape, ratio, padding: computed with YOLOv5 v7.0
 GOLDEN = [
@@ -85,6 +85,17 @@ def test_unusual_pixels_become_three_bytes(tmp_path):
         np.testing.assert_array_equal(read_image(tmp_path / f"{name}.png"), np.dstack([grey] * 3), err_msg=name)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_become_the_upper_eight(tmp_path, suffix, channels):
+    deep = np.random.default_rng(0).integers(0, 65536, (20, 24, channels), dtype=np.uint16)
+    assert cv2.imwrite(str(tmp_path / f"deep{suffix}"), deep)
+    image = read_image(tmp_path / f"deep{suffix}")
+    expected = np.broadcast_to(deep // 256, (20, 24, 3))
+    assert image.dtype == np.uint8
+    assert np.abs(image.astype(int) - expected).max() <= 1  # whether a decoder cuts or rounds is its own affair
+
+
 def test_paths_may_hold_any_letter(tmp_path):
     image = np.random.default_rng(0).integers(0, 255, (12, 14, 3), np.uint8)
     file = tmp_path / "Größe 画像.png"
@@ -103,3 +114,12 @@ def test_what_is_no_image_is_refused_by_name(tmp_path):
         read_image(tmp_path / "missing.png")
     with pytest.raises(UserError, match=r"\.xyz"):
         write_image(tmp_path / "a.xyz", np.zeros((4, 4, 3), np.uint8))
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_files_that_are_cut_off(suffix):
+    picture = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    whole = cv2.imencode(suffix, picture)[1].tobytes()
+    assert not is_cut_off(whole) and not is_cut_off(whole + b"\0\0tail")
+    assert all(is_cut_off(whole[: int(len(whole) * share)]) for share in (0.3, 0.9, 0.99))
+    assert not is_cut_off(b"no image")

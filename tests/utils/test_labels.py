@@ -50,7 +50,7 @@ def test_rows_and_polygons():
         ("inf 0.5 0.5 0.2 0.2", "class inf"),
         ("0 1.5 0.5 0.2 0.2", "outside of 0..1"),
         ("0 0.5 -0.1 0.2 0.2", "outside of 0..1"),
-        ("0 nan 0.5 0.2 0.2", "outside of 0..1"),
+        ("0 nan 0.5 0.2 0.2", "not a finite number"),
         ("0 0.5 0.5 0 0.2", "without extent"),
         ("0 0.1 0.1 0.1 0.1 0.1 0.1", "without extent"),
         ("5 0.5 0.5 0.5 0.5", "repeats"),
@@ -71,6 +71,10 @@ def test_a_bad_line_is_named_and_left_out(line, reason):
         ("/images/d/images/x.y.png", "/images/d/labels/x.y.txt"),
         ("d/images/a.JPEG", "d/labels/a.txt"),
         ("/d/myimages/a.png", "/d/myimages/a.txt"),
+        ("/images/a.png", "/labels/a.txt"),
+        ("/a.png", "/a.txt"),
+        ("a.b.png", "a.b.txt"),
+        ("images/images", "labels/images.txt"),
     ],
 )
 def test_the_last_images_folder_becomes_labels(image, expected):
@@ -135,14 +139,16 @@ def test_nothing_usable_is_an_error(tmp_path):
 def test_the_cache_saves_reading_and_notices_edits(folder, monkeypatch):
     reads = []
     original = subject.read_entry
-    monkeypatch.setattr(subject, "read_entry", lambda image, stamp: (reads.append(image), original(image, stamp))[1])
+    monkeypatch.setattr(
+        subject, "read_entry", lambda image, labelled: (reads.append(image), original(image, labelled))[1]
+    )
     first = read(folder)
     assert len(reads) == 3
     assert (folder / "labels" / "train.labels.cache").is_file()
     reads.clear()
     second = read(folder)
     assert reads == []
-    assert second.images == first.images
+    assert list(second.images) == list(first.images)
     assert all(np.array_equal(a, b) for a, b in zip(first.labels, second.labels, strict=True))
     np.testing.assert_array_equal(first.sizes, second.sizes)
 
@@ -169,6 +175,52 @@ def test_a_foreign_or_broken_cache_is_replaced(folder):
         assert np.array_equal(read(folder).labels[0], first.labels[0])
         assert subject.load_cache(cache) is not None
     assert [file.name for file in cache.parent.iterdir() if file.is_file()] == [cache.name]  # no temporary files left
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": np.array(1)},
+        {"stamps": np.zeros((2, 4), np.int64)},
+        {"sizes": np.zeros((3, 3), np.int64)},
+        {"sizes": np.zeros((3, 2))},
+        {"rows": np.zeros((2, 5), np.float32)},
+        {"rows": np.zeros((3, 5), np.float64)},
+        {"counts": np.array([4, -1, 0])},
+        {"counts": np.array([2, 1])},
+        {"texts": np.frombuffer(b'["a"]', np.uint8)},
+        {"texts": np.frombuffer(b'{"images": ["a", "b", "c"], "corrupt": {"7": ""}, "problems": {}}', np.uint8)},
+        {"rows": np.array([{"an": "object"}] * 3)},
+    ],
+)
+def test_a_cache_whose_parts_do_not_fit_is_not_used(folder, change):
+    read(folder)
+    file = folder / "labels" / "train.labels.cache"
+    with np.load(file) as arrays:
+        parts = dict(arrays)
+    with open(file, "wb") as stream:
+        np.savez(stream, **parts)
+    assert subject.load_cache(file) is not None
+    with open(file, "wb") as stream:
+        np.savez(stream, **parts | change)
+    assert subject.load_cache(file) is None
+    assert list(map(len, read(folder).labels)) == [2, 1, 0]
+
+
+def test_a_list_in_another_order_and_with_repetitions_uses_the_cache(folder, monkeypatch):
+    images = folder / "images" / "train"
+    (folder / "labels/train/b.txt").write_text("1 0.5 0.5 0.2 0.2\nbad\n")
+    (images / "d.png").write_bytes(b"no picture")
+    some = folder / "some.txt"
+    some.write_text("".join(f"./images/train/{name}.png\n" for name in "abcd"))
+    subject.read_labelled_images(some, "train")
+    monkeypatch.setattr(subject, "read_entry", None)  # nothing may be read again
+    some.write_text("".join(f"./images/train/{name}.png\n" for name in "cdbacdb"))
+    found = subject.read_labelled_images(some, "train")
+    assert [os.path.basename(file) for file in found.images] == [f"{name}.png" for name in "cbacb"]
+    assert [len(rows) for rows in found.labels] == [0, 1, 2, 0, 1]
+    assert found.sizes.tolist() == [[30, 20]] * 5
+    assert (found.missing, found.corrupt, found.bad_lines) == (2, 2, 2)
 
 
 def test_problems_are_reported_from_the_cache_too(folder, capsys):

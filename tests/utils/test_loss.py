@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torch.nn.functional import softplus
 
-from utils.loss import DetectionLoss, assign_targets, scale_loss_gains
+from utils.loss import Assignment, DetectionLoss, assign_targets, scale_loss_gains
 
 STRIDES = (8, 16, 32)
 ANCHORS = torch.tensor(
@@ -183,3 +183,24 @@ def test_half_precision_maps_give_a_float32_loss():
     assert total.dtype == parts.dtype == torch.float32
     _, exact = DetectionLoss(ANCHORS, STRIDES, 4, HYP)(raw_maps(), random_targets(10))
     torch.testing.assert_close(parts, exact, atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("number", "classes"), [(30, 4), (30, 1), (0, 4)])
+def test_matches_alone_cost_what_masked_candidates_cost(number, classes, monkeypatch):
+    targets, results = random_targets(number, classes=classes), []
+    for masked in (False, True):
+        if masked:
+            monkeypatch.setattr(Assignment, "only_matches", lambda self: self)
+        maps = [level.requires_grad_() for level in raw_maps(classes=classes)]
+        total, parts = DetectionLoss(ANCHORS, STRIDES, classes, HYP)(maps, targets)
+        total.backward()
+        results.append((parts, *(level.grad for level in maps)))
+    for chosen, whole in zip(*results, strict=True):
+        torch.testing.assert_close(chosen, whole, atol=1e-6, rtol=1e-5)
+
+
+def test_only_matches_leaves_nothing_else():
+    match = assign_targets(GOLDEN_TARGETS, ANCHORS[0], 16, 16, 4.0)
+    chosen = match.only_matches()
+    assert chosen.mask.all() and len(chosen.mask) == len(GOLDEN_CELLS[0]) < len(match.mask)
+    assert torch.equal(chosen.box, match.box[match.mask])

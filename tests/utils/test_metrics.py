@@ -97,7 +97,7 @@ def test_average_precision_is_close_to_pycocotools(capsys):
     np.testing.assert_allclose(ours.ap.T[:6], precision.mean(1)[:6], atol=0.006)
     assert 0.5 < ours.means()[2] < 0.97 and ours.means()[2] == pytest.approx(reference.stats[1], abs=0.004)
     capsys.readouterr()
-    assert coco_evaluate(truth.dataset, rows, list(sizes)) == pytest.approx(tuple(reference.stats[:2]))
+    assert coco_evaluate(truth.dataset, rows, list(sizes)) == pytest.approx(tuple(reference.stats), abs=1e-12)
     assert "Average Precision" in capsys.readouterr().out
 
 
@@ -224,3 +224,21 @@ def test_ap75_is_the_column_of_that_threshold():
         metrics = ap_per_class(correct, np.array([0.9]), np.array([0]), np.array([0]))
         assert metrics.ap75.tolist() == pytest.approx([expected])
     assert IOU_THRESHOLDS[5] == pytest.approx(0.75)
+
+
+def test_average_precision_equals_a_search_for_each_class():
+    rng = np.random.default_rng(5)
+    number, classes = 400, 6
+    correct = np.sort(rng.random((number, 10)) < 0.4, 1)[:, ::-1]
+    confidence = rng.integers(0, 50, number) / 50  # many are equal: their order is that of the rows
+    predicted, actual = rng.integers(0, classes, number), rng.integers(1, classes + 1, 150)
+    table = ap_per_class(correct, confidence, predicted, actual)
+    order = np.argsort(-confidence, kind="stable")
+    for index, label in enumerate(table.classes):
+        mine = order[predicted[order] == label]
+        labels = (actual == label).sum()
+        for column in range(10):
+            hits = correct[mine, column].cumsum()
+            expected = compute_ap(hits / (labels + 1e-16), hits / np.arange(1, len(mine) + 1))[0] if len(mine) else 0
+            assert table.ap[index, column] == expected
+    assert table.classes.tolist() == [1, 2, 3, 4, 5, 6] and table.ap[-1].max() == 0 < table.ap[:-1, 0].min()

@@ -1,7 +1,12 @@
+import subprocess
+import sys
+
 import pytest
 import torch
+import torchvision
 
-from utils.nms import non_max_suppression
+from utils.nms import CLASS_OFFSET, non_max_suppression
+from utils.paths import ROOT
 
 
 def random_prediction(images=2, rows=120, classes=4, seed=0):
@@ -91,3 +96,41 @@ def test_labels_take_part_with_full_confidence():
 def test_thresholds_are_checked(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         non_max_suppression(random_prediction(), **options)
+
+
+@pytest.mark.parametrize("rows", [30, 400])
+def test_looking_at_the_best_boxes_first_changes_nothing(rows):
+    # Nearly all boxes overlap, so the first look at twice as many as may be returned keeps too few.
+    prediction = random_prediction(1, rows, classes=3, seed=4)
+    prediction[..., :2] = prediction[..., :2] / 20 + 100
+    for limit in (1, 5, 20):
+        found = non_max_suppression(prediction, 0.05, 0.5, multi_label=True, max_detections=limit)[0]
+        everything = non_max_suppression(prediction, 0.05, 1.0, multi_label=True, max_detections=10**6)[0]
+        boxes = everything[:, :4].double() + everything[:, 5:6].double() * CLASS_OFFSET
+        kept = torchvision.ops.nms(boxes, everything[:, 4].double(), 0.5)
+        assert torch.equal(found, everything[kept[:limit]])
+        assert len(kept) > 5
+
+
+def test_rows_may_come_already_chosen():
+    prediction = random_prediction()
+    chosen = [rows[rows[:, 4] > 0.25] for rows in prediction]
+    assert len(chosen[0]) != len(chosen[1])
+    for options in ({}, {"multi_label": True}, {"classes": [1]}):
+        whole, parts = (non_max_suppression(given, 0.25, **options) for given in (prediction, chosen))
+        assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_suppression_needs_no_package_that_takes_seconds_to_import():
+    program = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
+        "from utils.nms import non_max_suppression\n"
+        "rows = torch.tensor([[[50.0, 50, 20, 20, 0.9, 1], [51, 50, 20, 20, 0.8, 1], [90, 50, 20, 20, 0.7, 1]]])\n"
+        "found = non_max_suppression(rows)[0]\n"
+        "assert found[:, 4].tolist() == rows[0, ::2, 4].tolist()\n"
+        "assert 'torchvision' not in sys.modules\n"
+        "import torchvision\n"
+        "assert len(torchvision.ops.nms(found[:, :4].double(), found[:, 4].double(), 0.5)) == 2\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(ROOT)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,348 @@
+"""Measures what low bits cost and what each method and variant wins back: a grid of trainings from one float start.
+
+    python benchmarks/accuracy.py benchmarks/grids/core.yaml --output runs/core --jobs 1
+    python benchmarks/accuracy.py --quick                    (a small table: 15 minutes on two cores)
+
+Every row starts from the same float network, sees the same images in the same order, and differs in what the row says.
+The float row is trained on for as many epochs, with the learning rates of the quantized phase. The last epoch's
+averaged weights are measured, so nothing is selected on the split that is reported. A training that is done is not done
+again, one that was interrupted is resumed; rows may be added to a grid later. Results go to accuracy.json in --output
+and to docs/results.md, beside which the JSON is copied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import numpy as np  # noqa: E402
+import yaml  # noqa: E402
+from bootstrap import RESAMPLES, Counts, draw_images, interval, mean_over_seeds, resampled_map  # noqa: E402
+from common import machine, write_section  # noqa: E402
+from grid import FLOAT, VARIANTS, Cell, DataSettings, Grid, read_grid  # noqa: E402
+
+import train  # noqa: E402
+import val  # noqa: E402
+from utils.checkpoint import load_checkpoint  # noqa: E402
+from utils.dataset_yaml import find_dataset_yaml, load_dataset_yaml, prepare_dataset  # noqa: E402
+from utils.errors import UserError  # noqa: E402
+from utils.hyp import load_hyp, phase_hyp  # noqa: E402
+from utils.labels import list_images  # noqa: E402
+from utils.log import LOGGER  # noqa: E402
+
+START = "start"  # suffix of the folder of a data set's float start
+RESULT, COUNTS = "result.json", "counts.npz"
+
+
+# --- one training -----------------------------------------------------------------------------------------------------
+
+
+def data_yaml(name: str, settings: DataSettings, output: Path) -> str:
+    """The data set YAML of ``settings``; with a ``holdout`` one of two lists of training images, made in ``output``."""
+    file = find_dataset_yaml(settings.yaml)
+    if not settings.holdout:
+        return str(file)
+    target = output / f"{name}_holdout.yaml"
+    if not target.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        spec = prepare_dataset(load_dataset_yaml(file))
+        images = np.array(sorted(list_images(spec.train)))
+        np.random.default_rng(0).shuffle(images)
+        held = round(len(images) * settings.holdout)
+        for part, chosen in (("val", images[:held]), ("train", images[held:])):
+            (output / f"{name}_{part}.txt").write_text("\n".join(sorted(chosen)) + "\n", encoding="utf-8")
+        lists = {part: f"{name}_{part}.txt" for part in ("train", "val")}
+        target.write_text(yaml.safe_dump({"path": ".", **lists, "names": spec.names}), encoding="utf-8")
+    return str(target)
+
+
+def common_arguments(cell: Cell, grid: Grid, output: Path, folder: Path, hyp: str) -> list[str]:
+    """Flags of train.py that all trainings on a data set share."""
+    settings = grid.data[cell.data]
+    arguments = ["--data", data_yaml(cell.data, settings, output), "--imgsz", str(settings.image_size)]
+    arguments += ["--batch-size", str(settings.batch_size), "--hyp", hyp, "--optimizer", settings.optimizer]
+    arguments += ["--cos-lr"] if settings.cosine else []
+    arguments += ["--seed", str(cell.seed), "--noval", "--noplots", "--cache", "--workers", "0", "--patience", "0"]
+    return [*arguments, "--project", str(folder.parent), "--name", folder.name, "--exist-ok"]
+
+
+def train_once(folder: Path, arguments: list[str]) -> Path:
+    """One training: begun, resumed, or left alone if it is finished; returns its last checkpoint."""
+    last = folder / "weights" / "last.pt"
+    if last.exists():
+        if load_checkpoint(last).get("finished"):
+            return last
+        arguments = ["--resume", str(last)]
+    train.main(train.parse_arguments(arguments))
+    return last
+
+
+def float_start(name: str, grid: Grid, output: Path) -> Path:
+    """The float network that all rows of a data set start from."""
+    settings = grid.data[name]
+    if not settings.float_epochs:
+        return Path(settings.weights).expanduser().resolve()
+    folder = output / f"{name}_{START}"
+    cell = Cell(name, FLOAT, "", "", 0)
+    arguments = [*common_arguments(cell, grid, output, folder, settings.hyp), "--epochs", str(settings.float_epochs)]
+    arguments += ["--weights", settings.weights] if settings.weights else ["--cfg", settings.cfg or "yolov5n.yaml"]
+    return train_once(folder, arguments)
+
+
+def write_hyp(cell: Cell, grid: Grid, folder: Path) -> str:
+    """The hyperparameters of a row: the variant's over the data set's. The float row trains with those of the
+    quantized phase. Returns the file."""
+    values = load_hyp(grid.data[cell.data].hyp)
+    if cell.method == FLOAT:
+        quantized = phase_hyp(values, True)
+        same = ("lr0", "lrf", "momentum", "weight_decay", "nominal_batch", "ema_decay", "ema_tau", "lr_tail")
+        values |= {key: quantized[key] for key in same} | {"warmup_epochs": 0.0}
+    else:
+        values |= grid.variants[cell.variant].hyp
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "given_hyp.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    return str(folder / "given_hyp.yaml")
+
+
+def train_cell(cell: Cell, grid: Grid, output: Path) -> Path:
+    """The training of one row and seed; returns its last checkpoint."""
+    folder = output / cell.name
+    start = float_start(cell.data, grid, output)
+    arguments = common_arguments(cell, grid, output, folder, write_hyp(cell, grid, folder))
+    arguments += ["--weights", str(start), "--epochs", str(grid.data[cell.data].epochs)]
+    if cell.method == FLOAT:
+        return train_once(folder, [*arguments, "--noautoanchor"])
+    variant = grid.variants[cell.variant]
+    recipe = variant.recipe
+    if isinstance(recipe, dict):
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        recipe = str(folder / "recipe.yaml")
+    arguments += ["--quant", cell.method, "--bits", cell.bits, *variant.flags]
+    return train_once(folder, arguments + (["--recipe", recipe] if recipe else []))
+
+
+def measure(weights: Path, data: str, settings: DataSettings, folder: Path) -> dict:
+    """Accuracy of ``weights``; what the bootstrap needs is left in ``folder``."""
+    split = "val" if settings.holdout else settings.split
+    arguments = ["--data", data, "--weights", str(weights), "--task", split]
+    arguments += ["--imgsz", str(settings.image_size), "--batch-size", "16", "--workers", "0", "--noplots"]
+    result = val.run(val.parse_options([*arguments, "--project", str(folder), "--name", "val", "--exist-ok"]))
+    classes = int(max(result.samples.actual.max(initial=0), result.samples.predicted.max(initial=0))) + 1
+    Counts.of(result.samples, result.images, classes).save(folder / COUNTS)
+    matched = result.matched
+    return {
+        "mAP50": result.map50,
+        "mAP75": result.map75,
+        "mAP": result.map,
+        "matched": matched.share,
+        "IoU": matched.mean_iou,
+        "images": result.images,
+    }
+
+
+def run_cell(cell: Cell, grid: Grid, output: Path) -> None:
+    """Trains and measures one row and seed unless that has been done."""
+    folder = output / cell.name
+    if (folder / RESULT).exists():
+        return
+    started = time.perf_counter()
+    weights = train_cell(cell, grid, output)
+    seconds = time.perf_counter() - started
+    settings = grid.data[cell.data]
+    values = measure(weights, data_yaml(cell.data, settings, output), settings, folder) | {
+        "train_seconds": round(seconds)
+    }
+    values |= {"cell": asdict(cell), "settings": asdict(settings), "date": date.today().isoformat()}
+    temporary = folder / f"{RESULT}.part"
+    temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    temporary.replace(folder / RESULT)  # whole or not at all
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def run_all(file: Path, grid: Grid, output: Path, jobs: int) -> int:
+    """Runs what is missing, ``jobs`` trainings at a time, each in a process of its own; returns how many failed."""
+    for name in {cell.data: None for cell in grid.cells}:  # before the rows, which would all train it
+        float_start(name, grid, output)
+    threads = max((os.cpu_count() or 1) // jobs, 1)
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+
+    def run_one(cell: Cell) -> bool:
+        if (output / cell.name / RESULT).exists():
+            return True
+        (output / cell.name).mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, __file__, str(file), "--output", str(output), "--only", cell.name]
+        with open(output / cell.name / "log.txt", "a", encoding="utf-8") as log:
+            code = subprocess.run(command, stdout=log, stderr=log, env=environment, cwd=ROOT).returncode
+        LOGGER.info(f"{cell.name}: " + ("done" if code == 0 else f"FAILED, see {log.name}"))
+        return code == 0
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(run_one, grid.cells)).count(False)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def gather(grid: Grid, output: Path) -> dict[tuple[str, str, str, str], dict]:
+    """Row (data, method, bits, variant) -> its seeds' results, and mAP50 and mAP75 of each on every resample.
+
+    ``runs`` are the result files' contents in the order of the seeds, ``resampled`` an array (seeds, resamples, 2).
+    """
+    rows: dict[tuple[str, str, str, str], dict] = {}
+    weights: dict[int, np.ndarray] = {}
+    for cell in sorted(set(grid.cells), key=lambda cell: cell.seed):
+        folder = output / cell.name
+        if not (folder / RESULT).exists():
+            continue
+        counts = Counts.load(folder / COUNTS)
+        images = len(counts.labels)
+        if images not in weights:
+            weights[images] = draw_images(images)
+        row = rows.setdefault((cell.data, cell.method, cell.bits, cell.variant), {"runs": [], "resampled": []})
+        row["runs"].append(json.loads((folder / RESULT).read_text(encoding="utf-8")))
+        row["resampled"].append(resampled_map(counts, weights[images]))
+    for row in rows.values():
+        row["resampled"] = np.stack(row["resampled"])
+    return rows
+
+
+def difference(row: dict, reference: dict | None) -> dict[str, float] | None:
+    """Mean difference of mAP50 in points over the seeds that both have, and its 95 % interval."""
+    if reference is None:
+        return None
+    seeds = [run["cell"]["seed"] for run in row["runs"]]
+    others = [run["cell"]["seed"] for run in reference["runs"]]
+    shared = [seed for seed in seeds if seed in others]
+    if not shared:
+        return None
+    ours = row["resampled"][[seeds.index(seed) for seed in shared], :, 0]
+    theirs = reference["resampled"][[others.index(seed) for seed in shared], :, 0]
+    values = mean_over_seeds(100 * (ours - theirs))
+    low, high = interval(values)
+    return {"points": float(values[0]), "low": low, "high": high, "seeds": len(shared)}
+
+
+def summarise(rows: dict[tuple[str, str, str, str], dict]) -> list[dict]:
+    """One plain dict a row: means, spread, gap to float, gain over the equal baseline."""
+    found = []
+    for (data, method, bits, variant), row in rows.items():
+        runs = row["runs"]
+        entry = {"data": data, "method": method, "bits": bits, "variant": variant, "seeds": len(runs)}
+        for key in ("mAP50", "mAP75", "mAP", "matched", "IoU"):
+            entry[key] = statistics.fmean(run[key] for run in runs)
+        entry["spread"] = statistics.stdev(run["mAP50"] for run in runs) if len(runs) > 1 else None
+        entry["minutes"] = statistics.fmean(run["train_seconds"] for run in runs) / 60
+        entry["gap"] = difference(row, rows.get((data, FLOAT, "", ""))) if method != FLOAT else None
+        entry["gain"] = difference(row, rows.get((data, method, bits, "base"))) if variant not in ("", "base") else None
+        found.append(entry)
+    return found
+
+
+def table(entries: list[dict]) -> list[str]:
+    """Markdown lines of one data set."""
+    heads = ["network", "seeds", "mAP50", "spread", "gap to float", "gain over base", "mAP75", "mAP50-95"]
+    heads += ["matched", "mean IoU", "minutes"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    order = {variant: place for place, variant in enumerate(("", *VARIANTS))}  # others behind
+    for entry in sorted(entries, key=lambda e: (e["bits"] != "", e["bits"], e["method"], order.get(e["variant"], 99))):
+        name = " ".join(part for part in (entry["bits"], entry["method"], entry["variant"]) if part)
+        spread = "" if entry["spread"] is None else f"{100 * entry['spread']:.1f}"
+        cells = [name, str(entry["seeds"]), f"{100 * entry['mAP50']:.1f}", spread]
+        cells += [describe(entry["gap"]), describe(entry["gain"])]
+        cells += [f"{100 * entry[key]:.1f}" for key in ("mAP75", "mAP", "matched")]
+        lines.append("| " + " | ".join([*cells, f"{entry['IoU']:.4f}", f"{entry['minutes']:.0f}"]) + " |")
+    return lines
+
+
+def describe(value: dict[str, float] | None) -> str:
+    """``-1.2 [-2.0, -0.5]``."""
+    return "" if value is None else f"{value['points']:+.1f} [{value['low']:+.1f}, {value['high']:+.1f}]"
+
+
+def part_of(settings: DataSettings) -> str:
+    """What is reported on, in words."""
+    return f"{settings.holdout:.0%} of the training split held out" if settings.holdout else f"{settings.split} split"
+
+
+def report(file: Path, grid: Grid, output: Path, document: Path) -> list[dict]:
+    """Writes accuracy.json and the section of the document; returns the entries."""
+    entries = summarise(gather(grid, output))
+    content = {"grid": file.name, "date": date.today().isoformat(), "machine": machine(), "rows": entries}
+    for target in (output / "accuracy.json", document.parent / f"accuracy_{file.stem}.json"):
+        target.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    lines = [f"## {grid.title}", "", f"`python benchmarks/accuracy.py benchmarks/grids/{file.name}`", ""]
+    lines += [
+        f"{content['date']}, {content['machine']}. Points of mAP50, mean over seeds; spread: standard deviation over "
+        f"seeds. Brackets: 95 % of {RESAMPLES} bootstrap resamples of images and seeds together, paired between "
+        "the rows that are compared. Last epoch's averaged weights, nothing selected.",
+        "",
+    ]
+    for name in {entry["data"]: None for entry in entries}:
+        settings = grid.data[name]
+        lines += [
+            f"### {name} ({part_of(settings)}, {settings.image_size} px, {settings.float_epochs} float epochs, then "
+            f"{settings.epochs} in every row)",
+            "",
+            *table([entry for entry in entries if entry["data"] == name]),
+            "",
+        ]
+    missing = [cell.name for cell in grid.cells if not (output / cell.name / RESULT).exists()]
+    if missing:
+        lines += [f"Not yet run: {len(missing)} of {len(grid.cells)} trainings ({', '.join(missing[:4])} ...).", ""]
+    write_section(f"accuracy {file.stem}", lines, document)
+    return entries
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("grid", nargs="?", type=Path, default=ROOT / "benchmarks" / "grids" / "core.yaml")
+    parser.add_argument("--quick", action="store_true", help="the grid quick.yaml")
+    parser.add_argument("--output", type=Path, default=None, help="folder of the trainings (default: runs/GRID)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="trainings at a time; each gets its share of the processors"
+    )
+    parser.add_argument("--report", action="store_true", help="train nothing, write the tables of what is there")
+    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "results.md", help="file that gets the tables")
+    parser.add_argument("--only", default="", help="one training by its folder's name (what --jobs starts)")
+    options = parser.parse_args(arguments)
+    file = ROOT / "benchmarks" / "grids" / "quick.yaml" if options.quick else options.grid
+    failed = 0
+    try:
+        grid = read_grid(file.resolve())
+        output = (options.output or ROOT / "runs" / file.stem).resolve()
+        output.mkdir(parents=True, exist_ok=True)
+        if options.only:
+            chosen = [cell for cell in grid.cells if cell.name == options.only]
+            if not chosen:
+                raise UserError(f"--only {options.only}: {file} has no such training")
+            run_cell(chosen[0], grid, output)
+            return 0
+        if not options.report:
+            jobs = min(2, os.cpu_count() or 1) if options.jobs is None and options.quick else options.jobs or 1
+            failed = run_all(file.resolve(), grid, output, jobs)
+        for entry in report(file, grid, output, options.document.resolve()):
+            name = " ".join(part for part in (entry["data"], entry["bits"], entry["method"], entry["variant"]) if part)
+            LOGGER.info(f"{name:<32}mAP50 {entry['mAP50']:.4f}  {describe(entry['gap'])}")
+    except UserError as error:
+        LOGGER.error(f"ERROR: {error}")
+        return 1
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

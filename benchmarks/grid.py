@@ -1,0 +1,164 @@
+"""The grid files of benchmarks/accuracy.py: which trainings there are, and in which order."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quant.config import parse_bits
+from quant.registry import QUANTIZERS
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a row adds to its method.
+
+    Attributes:
+        flags: of train.py.
+        recipe: quantization recipe: a mapping, or the name of one in quant/recipes.
+        hyp: hyperparameters that differ from the data set's.
+    """
+
+    flags: list[str] = field(default_factory=list)
+    recipe: dict[str, Any] | str | None = None
+    hyp: dict[str, float] = field(default_factory=dict)
+
+
+# Those that every grid has; a grid's `variants` add others.
+VARIANTS = {
+    "base": Variant(),
+    "gabfusion": Variant(["--gabfusion"]),
+    "ada": Variant(["--ada"]),
+    "both": Variant(["--gabfusion", "--ada"]),
+}
+FLOAT = "float"  # the method of the reference rows, which have neither bits nor variant
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training.
+
+    Attributes:
+        data: key of the grid's ``data``.
+        method: ``float`` for the reference, else a quantizer.
+        bits: ``w4a4``; empty for ``float``.
+        variant: key of the grid's ``variants``.
+        seed: of the training; the float start is one for all.
+    """
+
+    data: str
+    method: str
+    bits: str
+    variant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        parts = [self.data, self.method, self.bits, self.variant, f"seed{self.seed}"]
+        return "_".join(part for part in parts if part)
+
+
+@dataclass
+class DataSettings:
+    """What is the same for all rows of one data set.
+
+    Attributes:
+        yaml: data set YAML.
+        split: split that is reported.
+        holdout: share of the training images that is taken from them and reported on in place of ``split``, for tuning
+            without looking at the images of the final numbers.
+        image_size, batch_size: of training and validation.
+        cfg: model YAML, where there are no ``weights`` to take it from.
+        weights: what the float start is trained from (empty: from scratch); under ``float_epochs: 0`` the start itself.
+        hyp: hyperparameter YAML.
+        float_epochs, epochs: of the start, and of every row (the float reference too).
+        optimizer, cosine: as train.py's flags.
+    """
+
+    yaml: str
+    split: str = "val"
+    holdout: float = 0.0
+    image_size: int = 320
+    batch_size: int = 16
+    cfg: str = ""
+    weights: str = ""
+    hyp: str = "hyp.finetune.yaml"
+    float_epochs: int = 12
+    epochs: int = 4
+    optimizer: str = "SGD"
+    cosine: bool = False
+
+
+@dataclass
+class Grid:
+    """A grid file.
+
+    Attributes:
+        title: heading of its section in docs/results.md.
+        data: name -> settings.
+        variants: name -> what it adds.
+        cells: the trainings in their order, each once.
+    """
+
+    title: str
+    data: dict[str, DataSettings] = field(default_factory=dict)
+    variants: dict[str, Variant] = field(default_factory=lambda: dict(VARIANTS))
+    cells: list[Cell] = field(default_factory=list)
+
+
+def read_grid(file: Path) -> Grid:
+    """Reads and checks a grid file.
+
+    Raises:
+        UserError: no such file, unknown key, method, variant or data set.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: no such grid file")
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: a grid file maps title, data, variants and runs")
+    _known(file, "", values, ("title", "data", "variants", "runs"))
+    grid = Grid(str(values.get("title", file.stem)))
+    for key, cls, into in (("data", DataSettings, grid.data), ("variants", Variant, grid.variants)):
+        for name, settings in (values.get(key) or {}).items():
+            _known(file, f"{key}.{name}.", settings or {}, [f.name for f in fields(cls)])
+            into[str(name)] = cls(**(settings or {}))
+    for number, block in enumerate(values.get("runs") or [], 1):
+        grid.cells += _cells(block, grid, f"{file}: runs: entry {number}")
+    grid.cells = list(dict.fromkeys(grid.cells))
+    if not grid.cells:
+        raise UserError(f"{file}: runs is empty, there is nothing to train")
+    return grid
+
+
+def _known(file: Path, path: str, values: dict, names: tuple | list) -> None:
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(names)}"
+            raise UserError(f"{file}: unknown key {path}{key!r}; {hint}")
+
+
+def _cells(block: dict[str, Any], grid: Grid, where: str) -> list[Cell]:
+    """The product of a block's lists; the key that is written last varies fastest."""
+    names = [f.name for f in fields(Cell)]
+    _known(Path(where), "", block, names)
+    lists = {key: value if isinstance(value, list) else [value] for key, value in block.items()}
+    defaults = {"method": [FLOAT], "data": list(grid.data), "bits": ["w4a4"], "variant": ["base"], "seed": [0]}
+    lists |= {key: value for key, value in defaults.items() if key not in lists}
+    choices = {"data": list(grid.data), "method": [FLOAT, *QUANTIZERS], "variant": list(grid.variants)}
+    for key, allowed in choices.items():
+        for value in lists[key]:
+            if value not in allowed:
+                raise UserError(f"{where}: {key}: {value!r} is not possible; choose one of {', '.join(allowed)}")
+    for bits in lists["bits"]:
+        parse_bits(bits)
+    cells = [Cell(**dict(zip(lists, values, strict=True))) for values in itertools.product(*lists.values())]
+    return [Cell(c.data, FLOAT, "", "", c.seed) if c.method == FLOAT else c for c in cells]

@@ -1,0 +1,45 @@
+"""What every command does with its command line, and with errors."""
+
+import argparse
+import difflib
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
+from utils.errors import UserError
+from utils.log import LOGGER
+
+
+def exit_code(name: str, action: Callable[[], object]) -> int:
+    """Runs ``action`` and returns 0, or 1 after a ``UserError``, whose text is logged behind ``name``."""
+    try:
+        action()
+    except UserError as error:
+        LOGGER.error(f"{name}: {error}")
+        return 1
+    return 0
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are one line that says what to write instead, without the list of all flags.
+
+    Args:
+        replaced: flags of YOLOv5 that are not here -> what takes their place.
+    """
+
+    def __init__(self, *arguments: object, replaced: Mapping[str, str] | None = None, **keywords: object) -> None:
+        super().__init__(*arguments, **keywords)
+        self.replaced = dict(replaced or {})
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with exit code 2 and ``message``, with a hint behind every flag that is not known."""
+        start, _, rest = message.partition("unrecognized arguments: ")
+        if rest and not start:
+            message = "; ".join(self._hint(word) for word in rest.split() if word.startswith("-")) or message
+        self.exit(2, f"{self.prog}: error: {message}. All flags: {self.prog} --help\n")
+
+    def _hint(self, word: str) -> str:
+        flag = word.partition("=")[0]
+        if flag in self.replaced:
+            return f"{flag} is not here: {self.replaced[flag]}"
+        near = difflib.get_close_matches(flag, list(self._option_string_actions), 1)
+        return f"unknown flag {flag}" + (f", did you mean {near[0]}?" if near else "")
