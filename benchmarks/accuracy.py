@@ -97,7 +97,10 @@ def float_start(name: str, grid: Grid, output: Path) -> Path:
     folder = output / f"{name}_{START}"
     cell = Cell(name, FLOAT, "", "", 0)
     arguments = [*common_arguments(cell, grid, output, folder, settings.hyp), "--epochs", str(settings.float_epochs)]
-    arguments += ["--weights", settings.weights] if settings.weights else ["--cfg", settings.cfg or "yolov5n.yaml"]
+    if settings.weights:
+        arguments += ["--weights", settings.weights]
+    if settings.cfg or not settings.weights:
+        arguments += ["--cfg", settings.cfg or "yolov5n.yaml"]
     return train_once(folder, arguments)
 
 

@@ -75,7 +75,8 @@ class DataSettings:
         holdout: share of the training images that is taken from them and reported on in place of ``split``, for tuning
             without looking at the images of the final numbers.
         image_size, batch_size: of training and validation.
-        cfg: model YAML, where there are no ``weights`` to take it from.
+        cfg: model YAML of the float start; where there are ``weights``, it may be empty for theirs, and another one
+            takes over what fits.
         weights: what the float start is trained from (empty: from scratch); under ``float_epochs: 0`` the start itself.
         hyp: hyperparameter YAML.
         float_epochs, epochs: of the start, and of every row (the float reference too).

@@ -1,13 +1,15 @@
 """Time and memory of one training step: float, each method at 4 bit, GABFusion, ADA, and other people's quantizers.
 
     python benchmarks/train_step.py --imgsz 320 --batch-size 8
+    python benchmarks/train_step.py --imgsz 640 --batch-size 64 --device 0 --precision float16      (a GPU)
 
 Each network takes turns with the one it is compared with, so ratios hold on a busy machine too; absolute numbers do
 not. Memory is what a process of its own grows by from the built network to the end of the third step, over the same of
 float.
 The reference is a plain step: float32, contiguous tensors, eager. Ours has channels-last tensors, and quantizers run
 compiled kernels unless a row says otherwise. A step is what the trainer does: forward, loss, backward, clipping,
-optimizer, moving average.
+optimizer, moving average. On a GPU a time is that of several steps behind each other, memory is PyTorch's peak, and a
+profile counts the kernels of a step and how often the host waits for the device.
 """
 
 from __future__ import annotations
@@ -40,12 +42,16 @@ from quant.prepare import prepare  # noqa: E402
 from quant.registry import QUANTIZERS  # noqa: E402
 from quant.training import QuantizedTraining  # noqa: E402
 from utils.allocation import keep_freed_memory  # noqa: E402
+from utils.devices import select_device  # noqa: E402
 from utils.ema import ModelEMA  # noqa: E402
 from utils.hyp import DEFAULT_FILE, load_hyp  # noqa: E402
 from utils.log import LOGGER  # noqa: E402
 from utils.loss import DetectionLoss, scale_loss_gains  # noqa: E402
 from utils.optim import build_optimizer  # noqa: E402
 
+STEPS = 6  # behind each other on a GPU, where the host runs ahead of the device
+# What makes the host wait for the device, as the profiler calls it.
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
 METHODS = [method for method in QUANTIZERS if method != "lsq+"]  # which takes the same step as lsq
 
 
@@ -96,6 +102,7 @@ class Step:
     def __init__(self, network: DetectionModel, variant: Variant, images: torch.Tensor) -> None:
         self.variant, self.companion = variant, None
         layout = torch.channels_last if variant.channels_last else torch.contiguous_format
+        self.device = images.device
         self.model = copy.deepcopy(network)
         self.images = images.to(memory_format=layout)
         if variant.flags is not None:
@@ -114,13 +121,15 @@ class Step:
             if variant.compiled and not compile_quantizers(self.model, {torch.float32, variant.precision}):
                 raise SystemExit("rows with compiled kernels need a C++ compiler: use --rows to leave them out")
         self.loss = make_loss(self.model, images.shape[-1])
-        self.targets = random_targets(len(images))
+        self.targets = random_targets(len(images)).to(self.device)
         self.optimizer = build_optimizer(self.model, "SGD", 1e-4, 0.9, 0.0, 1e-4)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=variant.precision is torch.float16)
 
     def __call__(self) -> None:
         kernels.switch(self.variant.compiled)
         features = self.companion.features if self.companion else ()
-        with torch.autocast("cpu", self.variant.precision, enabled=self.variant.precision is not torch.float32):
+        dtype = self.variant.precision
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32):
             if self.variant.teacher:
                 with torch.no_grad():
                     self.companion.teacher(self.images, features=features)
@@ -133,9 +142,11 @@ class Step:
             penalty = self.companion.penalty(len(self.images)) if self.companion else None
             if penalty is not None:
                 loss = loss + penalty
-        loss.backward()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.companion:
             self.companion.after_backward()
@@ -158,7 +169,7 @@ def random_targets(images: int, boxes: int = 8) -> torch.Tensor:
 
 def settled_network(cfg: str, images: torch.Tensor) -> DetectionModel:
     """A network with random weights whose batch norms know their statistics: without, ranges shrink to nothing."""
-    network = DetectionModel(cfg).train()
+    network = DetectionModel(cfg).to(images.device).train()
     norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -171,7 +182,15 @@ def settled_network(cfg: str, images: torch.Tensor) -> DetectionModel:
 
 
 def growth(step: Step) -> int:
-    """Bytes by which this process grows at most during three steps (Linux: its peak can be set back)."""
+    """Bytes by which this process grows at most during three steps (Linux: its peak can be set back), or on a GPU
+    PyTorch's memory there."""
+    if step.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for _ in range(3):
+            step()
+        return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)  # what building the network has freed
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
@@ -189,6 +208,7 @@ def memory(options: argparse.Namespace, name: str) -> int:
     """Growth of a new process during three steps, bytes."""
     command = [sys.executable, __file__, "--memory-of", name, "--cfg", options.cfg, "--imgsz", str(options.imgsz)]
     command += ["--batch-size", str(options.batch_size), "--precision", *options.precision, "--rows", options.rows]
+    command += ["--device", options.device]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
@@ -201,20 +221,47 @@ def alike(name: str, variant: Variant) -> str:
 
 def timed(step: Step) -> float:
     """Seconds of one step."""
+    steps = STEPS if step.device.type == "cuda" else 1
+    wait(step.device)
     started = time.perf_counter()
-    step()
-    return time.perf_counter() - started
+    for _ in range(steps):
+        step()
+    wait(step.device)
+    return (time.perf_counter() - started) / steps
+
+
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def profile(step: Step) -> str:
+    """What a GPU's profiler counts in one step: its kernels, their time, and where the host waits for the device."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    wait(step.device)
+    with torch.profiler.profile(activities=activities) as record:
+        for _ in range(STEPS):
+            step()
+    events = record.key_averages()
+    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    busy = sum(event.self_device_time_total for event in kernels) / STEPS / 1000
+    waits = {event.key: event.count / STEPS for event in events if event.key in WAITS}
+    # The profiler itself waits once at its end.
+    shown = ", ".join(f"{key.removeprefix('cuda')} {count:.1f}" for key, count in waits.items()) or "none"
+    launches = sum(event.count for event in kernels) / STEPS
+    return f"{launches:.0f} kernels and copies, {busy:.1f} ms in them; the host waits: {shown}"
 
 
 def measure(
     rows: dict[str, Variant], network: DetectionModel, images: torch.Tensor, rounds: int
-) -> tuple[float, dict[str, float]]:
-    """Seconds of the plain float step, and each row's time over that of ``alike``.
+) -> tuple[float, dict[str, float], dict[str, str]]:
+    """Seconds of the plain float step, each row's time over that of ``alike``, and on a GPU each row's profile.
 
     Each row takes turns with its reference alone; the ratio is the median of those of neighbours. With all networks in
     one round the same ratio differed by a third from run to run.
     """
-    plain, ratios = 0.0, {}
+    plain, ratios, profiles = 0.0, {}, {}
     references = {name: Step(network, rows[name], images) for name in rows if rows[name].flags is None}
     for name, variant in rows.items():
         step = references.get(name) or Step(network, variant, images)
@@ -225,7 +272,9 @@ def measure(
         if step is reference:
             plain = statistics.median(own for _, own in pairs)
         LOGGER.info(f"{name}: {ratios[name]:.2f} of {alike(name, variant)}")
-    return plain, ratios
+        if images.is_cuda:
+            profiles[name] = profile(step)
+    return plain, ratios, profiles
 
 
 def main() -> None:
@@ -235,23 +284,27 @@ def main() -> None:
     parser.add_argument("--imgsz", type=int, default=320)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--precision", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--precision", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
+    )
     parser.add_argument("--rows", default=".*", help="regular expression of the rows to measure beside float's")
+    parser.add_argument("--device", default="cpu", help="cpu, or a GPU's number")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument("--memory-of", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     keep_freed_memory()  # as train.py does
     torch.manual_seed(0)
-    images = torch.rand(options.batch_size, 3, options.imgsz, options.imgsz)
+    device = select_device(options.device)
+    images = torch.rand(options.batch_size, 3, options.imgsz, options.imgsz).to(device)
     network = settled_network(options.cfg, images)
     rows = variants([getattr(torch, name) for name in options.precision])
     rows = {name: row for name, row in rows.items() if row.flags is None or re.fullmatch(options.rows, name)}
     if options.memory_of:
         print(growth(Step(network, rows[options.memory_of], images)))
         return
-    plain, ratios = measure(rows, network, images, options.rounds)
+    plain, ratios, profiles = measure(rows, network, images, options.rounds)
     grown = {} if options.no_memory else {name: memory(options, name) for name in rows}
-    report(options, rows, plain, ratios, grown)
+    report(options, rows, plain, ratios, grown, profiles)
 
 
 def report(
@@ -260,13 +313,17 @@ def report(
     plain: float,
     ratios: dict[str, float],
     grown: dict[str, int],
+    profiles: dict[str, str],
 ) -> None:
     """Prints the table and puts it into docs/results.md."""
     threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+    if options.device != "cpu":
+        threads = torch.cuda.get_device_name()
     title = f"{Path(options.cfg).stem}, {options.imgsz} px, batch {options.batch_size}, {threads}"
     command = f"python benchmarks/train_step.py --cfg {options.cfg} --imgsz {options.imgsz}"
     command += f" --batch-size {options.batch_size} --rounds {options.rounds} --precision {' '.join(options.precision)}"
     command += "" if options.rows == ".*" else f" --rows '{options.rows}'"
+    command += "" if options.device == "cpu" else f" --device {options.device}"
     command += "" if grown else " --no-memory"
     lines = [f"## Training step: {title}", "", f"`{command}`", "", f"{date.today().isoformat()}, {machine()}."]
     lines += ["Ratios are medians over neighbouring steps. W4A4; the names of peers carry their version.", ""]
@@ -283,6 +340,7 @@ def report(
         lines.append(
             f"| {name} | {options.batch_size / plain / over_plain:.1f} | {over_plain:.2f} | {over_alike:.2f} | {room} |"
         )
+    lines += ["", *(f"* {name}: {line}." for name, line in profiles.items())] if profiles else []
     print("\n".join(lines))
     write_section(f"train_step {Path(options.cfg).stem} {options.imgsz} {threads}", lines)
 

@@ -212,27 +212,26 @@ class GABFusion(nn.Module):
     @torch.no_grad()
     def gradient_factors(self) -> Tensor:
         """(K,) c_i of the present averages of the energies; 1 before there are any."""
-        if self.updates == 0:
-            return torch.ones_like(self.energy_average)
         logarithm = torch.log(self.energy_average + self.epsilon)
         limit = math.log(GRADIENT_LIMIT)
         return torch.exp((logarithm.mean() - logarithm).clamp(-limit, limit))
 
     @torch.no_grad()
-    def update_balance(self, gradient_scale: float = 1.0) -> None:
-        """One step of the controller, called after each backward pass that leads to an optimizer step.
+    def update_balance(self, gradient_scale: Tensor | float = 1.0) -> None:
+        """One step of the controller, called after each backward pass. One that overflowed changes nothing, which is
+        decided on the device.
 
         Args:
             gradient_scale: the loss scale of mixed precision, divided out.
         """
         energy = self.energy / gradient_scale
-        energy = torch.where(torch.isfinite(energy), energy, self.energy_average)
-        first = self.updates == 0
-        self.energy_average.copy_(torch.where(first, energy, self.energy_average.lerp(energy, self.beta)))
-        self.updates += 1
+        valid = torch.isfinite(energy).all()
+        moved = torch.where(self.updates == 0, energy, self.energy_average.lerp(energy, self.beta))
+        self.energy_average.copy_(torch.where(valid, moved, self.energy_average))
+        self.updates += valid
         if self.balance == "feedback":
             logarithm = torch.log(self.energy_average + self.epsilon)
-            self.logits -= self.eta * (logarithm - logarithm.mean())
+            self.logits -= torch.where(valid, self.eta * (logarithm - logarithm.mean()), 0.0)
 
     # --- state ------------------------------------------------------------------------------------------------------
 
@@ -257,8 +256,8 @@ def set_strength(model: nn.Module, strength: float) -> None:
         module.set_strength(strength)
 
 
-def update_balance(model: nn.Module, gradient_scale: float = 1.0) -> None:
-    """One step of the controller at every fusion node: after each backward pass that leads to an optimizer step."""
+def update_balance(model: nn.Module, gradient_scale: Tensor | float = 1.0) -> None:
+    """One step of the controller at every fusion node, after each backward pass."""
     for module in fusion_nodes(model).values():
         module.update_balance(gradient_scale)
 

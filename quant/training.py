@@ -218,8 +218,8 @@ class QuantizedTraining:
         task = norm(task_loss).clamp_min(1e-12)
         self.gradient_ratios = {name: float(norm(loss) / task) for name, loss in losses.items()}
 
-    def after_backward(self, gradient_scale: float = 1.0) -> None:
-        """One controller update at every fusion node; call it once per optimizer step that is not skipped."""
+    def after_backward(self, gradient_scale: Tensor | float = 1.0) -> None:
+        """One controller update at every fusion node; call it once per optimizer step, with the loss scale."""
         share_energies(self.nodes.values())
         for node in self.nodes.values():
             node.update_balance(gradient_scale)

@@ -334,14 +334,14 @@ class Trainer:
         return images if factor == 1 else nn.functional.interpolate(images, shape, mode="bilinear")
 
     def _optimize(self) -> None:
-        scale = self.scaler.get_scale() if self.amp else 1.0
+        # The loss scale stays on the device. In a step that float16 overflow cancels the weights stay as they are, so
+        # that the average may move all the same; asking first would make the host wait for every backward pass.
+        scale = self.scaler.scale(torch.ones((), device=self.run.device)) if self.amp else 1.0
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.amp and self.scaler.get_scale() < scale:
-            return  # gradients overflowed and the step was skipped
         if self.quantized:
             self.quantized.after_backward(scale)
         self.ema.update(self.model)
