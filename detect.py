@@ -30,7 +30,7 @@ from utils.errors import UserError
 from utils.feature_maps import saved_features
 from utils.images import letterbox, write_image
 from utils.log import LOGGER
-from utils.paths import ROOT, increment_path
+from utils.paths import ROOT, WORK, increment_path
 from utils.plots import Annotator, class_color
 from utils.results import label_name, newest_weights, save_text
 from utils.sources import Frame, Sources
@@ -169,7 +169,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--nosave", action="store_true", help="write no pictures or videos")
     parser.add_argument("--classes", nargs="+", type=int, default=None, help="keep these classes: --classes 0 2 3")
     parser.add_argument("--agnostic-nms", action="store_true", help="boxes suppress each other across classes")
-    parser.add_argument("--project", default=str(ROOT / "runs" / "detect"), help="results go to project/name")
+    parser.add_argument("--project", default=str(WORK / "runs" / "detect"), help="results go to project/name")
     parser.add_argument("--name", default="exp", help="name of the run")
     parser.add_argument("--exist-ok", action="store_true", help="write into an existing project/name")
     parser.add_argument("--line-thickness", type=int, default=3, help="of the boxes, in pixels")

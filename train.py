@@ -50,7 +50,7 @@ from utils.devices import limit_threads
 from utils.errors import UserError
 from utils.hyp import load_hyp
 from utils.log import LOGGER
-from utils.paths import ROOT
+from utils.paths import WORK
 from utils.plots import plot_labels, plot_results
 from utils.wandb_log import WandbLog
 
@@ -69,9 +69,9 @@ def find_resume(value: str | bool) -> tuple[dict, Path]:
     if isinstance(value, str):
         file = Path(value)
     else:
-        files = [*(ROOT / "runs").rglob("weights/last.pt"), *(ROOT / "runs").rglob("weights/float_last.pt")]
+        files = [*(WORK / "runs").rglob("weights/last.pt"), *(WORK / "runs").rglob("weights/float_last.pt")]
         if not files:
-            raise UserError(f"--resume: no last.pt under {ROOT / 'runs'}; name the file: --resume path/to/last.pt")
+            raise UserError(f"--resume: no last.pt under {WORK / 'runs'}; name the file: --resume path/to/last.pt")
         file = max(files, key=lambda path: path.stat().st_mtime)
     checkpoint = load_checkpoint(file)
     if not isinstance(checkpoint.get("options"), dict) or checkpoint.get("phase") not in ("float", "quantized"):

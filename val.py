@@ -43,7 +43,7 @@ from utils.metrics import (
     match_predictions,
     matched_boxes,
 )  # fmt: skip
-from utils.paths import ROOT, increment_path
+from utils.paths import ROOT, WORK, increment_path
 from utils.plots import plot_class_curves, plot_confusion_matrix, plot_images, plot_study
 from utils.results import newest_weights, save_text
 from utils.run_log import LOCALISATION_COLUMNS
@@ -394,7 +394,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save-conf", action="store_true", help="add confidences to the label files")
     parser.add_argument("--save-json", action="store_true", help="write COCO JSON and evaluate it with pycocotools")
     parser.add_argument("--noplots", action="store_true", help="draw nothing")
-    parser.add_argument("--project", default=str(ROOT / "runs" / "val"), help="results go to project/name")
+    parser.add_argument("--project", default=str(WORK / "runs" / "val"), help="results go to project/name")
     parser.add_argument("--name", default="exp", help="name of the run")
     parser.add_argument("--exist-ok", action="store_true", help="write into an existing project/name")
     parser.add_argument("--augment", action="store_true", help="three passes: mirrored and smaller too")

@@ -12,7 +12,7 @@ from utils.dataset_yaml import DatasetSpec
 from utils.devices import PRECISIONS, select_device, training_type
 from utils.errors import UserError
 from utils.log import LOGGER
-from utils.paths import ROOT
+from utils.paths import WORK
 
 # What holds where neither a flag nor the data set's `defaults:` says otherwise.
 DEFAULTS = {
@@ -226,4 +226,4 @@ def apply_defaults(options: argparse.Namespace, spec: DatasetSpec) -> None:
         if getattr(options, key, None) is None:
             setattr(options, key, value)
     if options.project is None:
-        options.project = str(ROOT / "runs" / "train")
+        options.project = str(WORK / "runs" / "train")

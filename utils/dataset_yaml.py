@@ -9,7 +9,7 @@ from typing import Any
 from data import GENERATORS
 from utils.dataset_download import fetch_dataset, read_plan
 from utils.errors import UserError
-from utils.paths import ROOT
+from utils.paths import ROOT, WORK
 from utils.yaml_file import read_yaml
 
 DATASETS_VARIABLE = "YOLOv5_DATASETS_DIR"
@@ -169,10 +169,10 @@ def _resolve_root(path: str, file: Path, generated: bool) -> Path:
     if given.is_absolute():
         return given
     if generated:
-        return ROOT / given
+        return WORK / given
     if str(path) == ".":
         return file.parent
-    places = [file.parent / given, Path.cwd() / given, ROOT / given]
+    places = [file.parent / given, Path.cwd() / given, WORK / given]
     if os.environ.get(DATASETS_VARIABLE):
         # Upstream's YAMLs say ../datasets/NAME; the variable stands for that datasets folder.
         inside = [part for part in given.parts if part not in ("..", "datasets")]

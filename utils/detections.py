@@ -16,7 +16,7 @@ from utils.boxes import crop_region, xyxy_to_xywh
 from utils.errors import UserError
 from utils.images import write_image
 from utils.log import LOGGER
-from utils.paths import ROOT, increment_path
+from utils.paths import WORK, increment_path
 from utils.plots import Annotator, class_color
 from utils.results import label_name
 
@@ -176,7 +176,7 @@ class Detections:
 
     def _folder(self, folder: str | Path | None) -> Path:
         if folder is None:
-            return increment_path(ROOT / "runs" / "hub" / "exp", make=True)
+            return increment_path(WORK / "runs" / "hub" / "exp", make=True)
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:

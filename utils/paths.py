@@ -1,4 +1,4 @@
-"""Where things are: the project's root folder, numbered run folders, files that appear whole or not at all."""
+"""Where things are: the code, runs and data sets, numbered run folders, files that appear whole or not at all."""
 
 import os
 from collections.abc import Iterator
@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]  # the code and the YAMLs that come along
+# Runs and data sets go beside the code in a checkout, but into the current folder where pip has installed it.
+WORK = ROOT if (ROOT / "pyproject.toml").is_file() else Path.cwd()
 
 
 def increment_path(path: str | Path, exist_ok: bool = False, make: bool = False) -> Path:

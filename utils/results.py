@@ -7,10 +7,10 @@ from torch import Tensor
 
 from utils.boxes import xyxy_to_xywhn
 from utils.errors import UserError
-from utils.paths import ROOT
+from utils.paths import WORK
 
 
-def newest_weights(folder: Path = ROOT / "runs" / "train") -> Path:
+def newest_weights(folder: Path = WORK / "runs" / "train") -> Path:
     """The ``best.pt`` written last in any run under ``folder``.
 
     Raises:
