@@ -33,7 +33,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from models.backend import load_network
 from models.yolo import DetectionModel
@@ -49,6 +48,7 @@ from utils.errors import UserError
 from utils.hyp import DEFAULT_FILE, load_hyp
 from utils.log import LOGGER
 from utils.loss import DetectionLoss, scale_loss_gains
+from utils.progress import progress
 
 MEASURED_BITS = (2, 3, 4, 6, 8)  # those between are interpolated: an error falls by 6 dB a bit
 PARTS = ("weights", "inputs", "both")
@@ -245,7 +245,7 @@ def sensitivity(
     noise = dict.fromkeys(((name, b) for name in chosen for b in bits), 0.0)
     rise, signal = dict(noise), 0.0
     steps = len(noise) * len(batches)
-    with tqdm(total=steps, desc="sensitivity", leave=False, disable=not sys.stderr.isatty()) as bar:
+    with progress(label="sensitivity", total=steps) as bar:
         for index, images in enumerate(batches):
             probe = _Probe(model, images)
             signal += probe.signal

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import IO
 
-from tqdm import tqdm
-
 from utils.errors import UserError
+from utils.progress import progress
 
 # Images hardly compress and label text compresses about tenfold, while deflate's best is 1032 to 1: more than this is
 # no data set but something that is meant to fill the disk. Small archives may be padding mostly.
@@ -141,7 +140,7 @@ def _check_total(total: int, archive: Path, largest: int) -> None:
 
 def _write(members: Iterator[_Member], archive: Path, folder: Path, largest: int) -> int:
     count, total = 0, 0
-    for member in tqdm(members, f"Unpacking {archive.name}", unit=" files", delay=2):
+    for member in progress(members, f"Unpacking {archive.name}"):
         parts = safe_parts(member.name, archive)
         if not parts or parts[0] == LEFT_OUT[0] or parts[-1] == LEFT_OUT[1]:
             continue

@@ -20,10 +20,10 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from filelock import FileLock
-from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.log import LOGGER
+from utils.progress import progress
 
 # A server that holds copies: https://host/path/file is fetched from $YOLOV5_QAT_MIRROR/host/path/file instead, the
 # layout that `wget --force-directories URL` makes.
@@ -270,14 +270,14 @@ def _check_space(whole: _Whole, start: int, part: Path) -> None:
 
 def _receive(answer: http.client.HTTPResponse, part: Path, start: int, size: int | None) -> None:
     name = part.stem
-    progress = tqdm(total=size, initial=start, desc=name, unit="B", unit_scale=True, unit_divisor=1000)
+    shown = progress(label=name, total=size, initial=start, unit="B")
     # Buffering is off so that a part that is left behind by a kill holds all that has arrived.
-    with progress, open(part, "ab" if start else "wb", buffering=0) as stream:
+    with shown as bar, open(part, "ab" if start else "wb", buffering=0) as stream:
         while piece := _read(answer):
             rest = memoryview(piece)
             while rest:  # an unbuffered file may take only a share, such as what still fits the disk
                 rest = rest[stream.write(rest) :]
-            progress.update(len(piece))
+            bar.update(len(piece))
         os.fsync(stream.fileno())
     if size is not None and _size(part) < size:
         raise _InterruptedError(f"the connection ended after {_size(part):,} of {size:,} bytes")

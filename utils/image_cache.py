@@ -14,7 +14,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.label_cache import check_writable
@@ -23,6 +22,7 @@ from utils.log import LOGGER
 from utils.memory import available_memory
 from utils.packed import offsets_of
 from utils.paths import written_at_once
+from utils.progress import progress
 
 FILE_VERSION = 1
 DIGEST_BYTES = 32
@@ -154,15 +154,13 @@ def _write_file(file: Path, digest: bytes, shapes: np.ndarray, read: Read, prefi
 
 def _read_all(shapes: np.ndarray, read: Read, prefix: str) -> Iterator[np.ndarray]:
     """All images in order, decoded by several threads a block ahead."""
-    with ThreadPoolExecutor(READERS) as pool, tqdm(
-        desc=f"{prefix}: caching images", total=len(shapes), delay=2, leave=False
-    ) as progress:  # fmt: skip
+    with ThreadPoolExecutor(READERS) as pool, progress(label=f"{prefix}: caching images", total=len(shapes)) as bar:
         for begin in range(0, len(shapes), BLOCK):
             block = range(begin, min(begin + BLOCK, len(shapes)))
             for index, image in zip(block, pool.map(read, block), strict=True):
                 if image.shape != (*shapes[index], 3):
                     raise UserError(f"{prefix}: image {index} has changed its size since the start. Start again.")
-                progress.update()
+                bar.update()
                 yield image
 
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.images import IMAGE_SUFFIXES, decode_image, is_cut_off, is_image
 from utils.label_cache import LabelTable, cache_candidates, load_cache, save_cache
 from utils.log import LOGGER
 from utils.packed import PackedRows, PackedTexts
+from utils.progress import progress
 
 MINIMUM_IMAGE_SIDE = 10  # pixels
 NAMED_PROBLEMS = 5  # how many problems of a data set are written out
@@ -229,7 +229,7 @@ def _renew(images: list[str], known: LabelTable | None, prefix: str) -> LabelTab
     stale = [position for position, same in enumerate(unchanged) if not same]
     with ThreadPoolExecutor(READERS) as pool:
         read = pool.map(lambda position: read_entry(images[position], bool(stamps[position, 2] >= 0)), stale)
-        fresh = dict(zip(stale, tqdm(read, f"{prefix}: reading labels", len(stale), delay=2, leave=False), strict=True))
+        fresh = dict(zip(stale, progress(read, f"{prefix}: reading labels", len(stale)), strict=True))
     entries = [fresh.get(position) or _known_entry(known, at) for position, at in enumerate(places)]
     return LabelTable(
         images,

@@ -1,4 +1,7 @@
-"""The project's logger: plain lines on standard output, from the first process only."""
+"""The project's logger: plain lines on standard output, from the first process only.
+
+``LOGGER.debug`` is for what ``--verbose`` adds.
+"""
 
 import logging
 import os
@@ -21,6 +24,21 @@ class _StandardOutput(logging.StreamHandler):
     def stream(self, _value) -> None:
         pass
 
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes the line; a progress bar that is drawn goes out of its way first."""
+        tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+        if tqdm is None or not getattr(tqdm, "_instances", None):
+            super().emit(record)
+            return
+        with tqdm.external_write_mode(file=sys.stdout):
+            super().emit(record)
+
+
+def set_verbose(verbose: bool) -> None:
+    """Whether the log has details too. Other ranks of a torchrun job speak only when something is wrong."""
+    first = int(os.environ.get("RANK", "0")) == 0
+    LOGGER.setLevel((logging.DEBUG if verbose else logging.INFO) if first else logging.WARNING)
+
 
 def _set_up() -> None:
     if LOGGER.handlers:
@@ -28,8 +46,7 @@ def _set_up() -> None:
     handler = _StandardOutput()
     handler.setFormatter(logging.Formatter("%(message)s"))
     LOGGER.addHandler(handler)
-    # Other ranks of a torchrun job speak only when something is wrong.
-    LOGGER.setLevel(logging.INFO if int(os.environ.get("RANK", "0")) == 0 else logging.WARNING)
+    set_verbose(False)
     LOGGER.propagate = False
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from utils.coco import image_identifiers
 from utils.convert.files import (
@@ -23,6 +22,7 @@ from utils.convert.files import (
 from utils.errors import UserError
 from utils.images import read_image
 from utils.labels import label_path
+from utils.progress import progress
 
 
 @dataclass
@@ -93,7 +93,7 @@ def coco_to_yolo(
     numbers = {key: names.index(name) for key, name in annotations.categories.items() if name in names}
     counts, listed = Counts(), []
     safe_name(set_name, output)
-    for image in tqdm(annotations.images, set_name, delay=2, leave=False):
+    for image in progress(annotations.images, set_name):
         name = safe_name(image["file_name"], annotations.file, folders=True)
         if not (images / name).is_file():
             counts.missing += 1
@@ -193,7 +193,7 @@ def yolo_to_coco(
     """
     identifiers, counts = image_identifiers(images), Counts()
     records, rows = [], []
-    for image in tqdm([str(image) for image in images], "images", delay=2, leave=False):
+    for image in progress([str(image) for image in images], "images"):
         labelled = read_labelled(Path(image), Path(label_path(image)))
         number = identifiers[image]
         file_name = Path(image).name if number != Path(image).as_posix() else number

@@ -14,8 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from utils.convert.files import (
     Box,
     Counts,
@@ -31,6 +29,7 @@ from utils.difficult import difficult_path
 from utils.errors import UserError
 from utils.images import IMAGE_SUFFIXES, read_image
 from utils.labels import READERS, label_path
+from utils.progress import progress
 
 CORNERS = ("pixels", "edges")
 LARGEST_XML = 10_000_000  # bytes; annotations of VOC have 1 to 20 thousand
@@ -181,7 +180,7 @@ def voc_to_yolo(
         return member, annotation, _find_image(source, member, annotation)
 
     with ThreadPoolExecutor(READERS) as pool:
-        for member, annotation, image in tqdm(pool.map(convert, members), set_name, len(members), delay=2, leave=False):
+        for member, annotation, image in progress(pool.map(convert, members), set_name, len(members)):
             if image is None:
                 counts.missing += 1
                 continue
@@ -242,7 +241,7 @@ def yolo_to_voc(
         UserError: an unreadable image, a wrong label, a class without a name, two images of one stem.
     """
     counts, seen = Counts(), {}
-    for image in tqdm([Path(image) for image in images], image_set, delay=2, leave=False):
+    for image in progress([Path(image) for image in images], image_set):
         if image.stem in seen:
             raise UserError(f"{image} and {seen[image.stem]}: VOC keeps all images in one folder; rename one of them.")
         seen[image.stem] = image
