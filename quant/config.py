@@ -36,7 +36,12 @@ def _layer_numbers(where: str, value: Any) -> None:
 
 @dataclass
 class WeightConfig:
-    """How weights are quantized: always symmetric, on the narrow grid ``+-(2**(bits-1) - 1)``."""
+    """How weights are quantized: always symmetric, on the narrow grid ``+-(2**(bits-1) - 1)``.
+
+    Attributes:
+        bits: 2 to 8.
+        granularity: a step for each output ``channel``, or one for the whole ``tensor``.
+    """
 
     bits: int = 4
     granularity: str = "channel"
@@ -50,10 +55,13 @@ class WeightConfig:
 class ActivationConfig:
     """How the inputs of convolutions are quantized.
 
-    ``affine`` learns an integer zero point, ``unsigned`` is the papers' grid (negative values become 0), ``signed`` has
-    its zero point fixed at 0; ``auto`` takes what the target can run, see ``QuantConfig.resolved_scheme``. ``output``
-    are the bits of a quantizer on the result of every convolution, in front of the activation function, or None.
-    ``image`` is the 8-bit grid of the network's input: ``fixed`` for values 0 to 1, ``learned`` for any others.
+    Attributes:
+        bits: 2 to 8.
+        scheme: ``affine`` learns an integer zero point, ``unsigned`` is the papers' grid (negative values become 0),
+            ``signed`` has its zero point fixed at 0; ``auto``: signed for tensorrt, else affine.
+        output: bits of a quantizer on the result of every convolution, in front of the activation function; 8 is what
+            it is meant for, None leaves it out. onnxruntime runs convolutions in integers only with it.
+        image: the 8-bit grid of the network's input: ``fixed`` for values 0 to 1, ``learned`` for any others.
     """
 
     bits: int = 4
@@ -75,7 +83,11 @@ class ActivationConfig:
 
 @dataclass
 class CalibrationConfig:
-    """First ranges: a search for the smallest mean squared error over ``images`` training images."""
+    """First ranges: a search for the smallest mean squared error.
+
+    Attributes:
+        images: training images, letterboxed as in validation, over which ranges are searched.
+    """
 
     images: int = 64
 
@@ -88,15 +100,19 @@ class FusionConfig:
     """GABFusion at the Concats of the neck (arXiv 2511.05898); see ``quant.gabfusion``.
 
     Attributes:
-        enabled: insert it.
+        enabled: insert it; ``gabfusion: true`` or ``gabfusion: feedback`` for short.
         scope: ``neck``, the Concats and Adds of the network's own rows; ``all``, those inside C3 and other blocks too.
         balance: ``learnable`` trains the branch weights, ``feedback`` moves them by gradient energies, ``backward``
             scales the branches' gradients instead and leaves the forward pass alone, ``fixed`` keeps the weights at 1.
         fold: ``anneal`` fades the normalisation out during training, ``finetune`` replaces its statistics by constants
             and trains a little more, ``keep`` leaves it in the exported graph.
         paper: the paper's form (no factor K, no calibrated scale, no ramp), for comparison.
-        ramp, hold, release: shares of the quantized epochs at which the strength has reached 1, starts to fall, is 0.
-        beta, eta, epsilon: moving average, gain and floor of the feedback law (ours: the paper gives none).
+        ramp: share of the quantized epochs at which the strength of the normalisation has reached 1.
+        hold: share of the quantized epochs at which the strength starts to fall.
+        release: share of the quantized epochs from which the strength is 0.
+        beta: share of the newest gradient energy in its moving average (ours: the paper gives none).
+        eta: gain of the feedback law (ours).
+        epsilon: floor of an energy in the feedback law (ours).
         learning_rate: factor on the learning rate for the branch weights under ``learnable``.
     """
 
@@ -136,11 +152,18 @@ class FusionConfig:
 class AttentionConfig:
     """ADA: attention maps of the quantized network drawn to those of the frozen float teacher; see ``quant.ada``.
 
-    ``divergence: auto`` takes kl for LSQ and PACT, js for N2UQ and DSQ. ``layers`` are model layer indices; None takes
-    those that feed Detect. ``weight`` 0.005 gives kl over softmax maps about a tenth of the task's gradient (at 1 it is
-    20 times the task's). With ``gradient_ratio`` above 0 ``weight`` is only the first one: it is moved so that the
-    loss's gradient where Detect reads is this share of the task's. ``saliency_gamma`` weighs the quantization error
-    under ``attention: qaware``.
+    Attributes:
+        enabled: switch it on; ``ada: true`` or ``ada: js`` for short.
+        attention: ``simam``, or ``qaware`` with the quantization error in it.
+        divergence: ``kl``, ``js``, or ``auto``: kl for LSQ and PACT, js for N2UQ and DSQ.
+        normalisation: of maps to distributions over space: ``softmax``, or ``l1``, the paper's.
+        temperature: of the softmax.
+        weight: factor of the loss. 0.005 gives kl over softmax maps about a tenth of the task's gradient (1: 20 times).
+        gradient_ratio: above 0, ``weight`` is only the first one: it is moved so that the loss's gradient where Detect
+            reads is this share of the task's.
+        quantized: compare what the layer's reader sees, not the layer's output itself.
+        saliency_gamma: weight of the quantization error under ``attention: qaware``.
+        layers: list of layer numbers; None takes those that feed Detect.
     """
 
     enabled: bool = False
@@ -177,8 +200,14 @@ class DistillationConfig:
 
     By default the network learns from the float one's raw maps. ``distillation: false`` switches everything off;
     ``distillation: feature_mse`` or a list of names switches on these terms and no others.
-    ``gradient_ratio`` is that of each term, as in ``ada``: weights are only the first ones unless it is 0.
-    ``temperature`` is that of ``channel_wise``; ``layers`` as in ``ada``.
+
+    Attributes:
+        feature_mse: weight of the relative squared distance of features; ``true`` or its name: 0.05.
+        channel_wise: weight of the divergence of each channel's map over space; ``true`` or its name: 0.12.
+        logits: weight of the distance of Detect's raw maps; ``true`` or its name: 0.03.
+        gradient_ratio: of each term, as in ``ada``: weights are only the first ones unless it is 0.
+        temperature: of ``channel_wise``.
+        layers: list of layer numbers; None takes those that feed Detect.
     """
 
     feature_mse: float = 0.0
@@ -222,7 +251,12 @@ class NormConfig:
 
 @dataclass
 class LayerOverride:
-    """Bits of the convolutions whose name a regular expression matches."""
+    """Bits of the convolutions whose name a regular expression matches.
+
+    Attributes:
+        weight_bits: 2 to 8; None keeps the general ones.
+        activation_bits: of the input, 2 to 8; None keeps the general ones.
+    """
 
     weight_bits: int | None = None
     activation_bits: int | None = None
@@ -263,15 +297,21 @@ class QuantConfig:
     """Everything that fixes a quantized network's training graph.
 
     Attributes:
-        method: name in ``quant.registry``.
+        method: name in ``quant.registry``: lsq, lsq+, pact, dsq, n2uq.
         target: what the exported network will run in: ``onnxruntime`` (OpenVINO too), or ``tensorrt``, whose zero
             points are all 0. It changes the grids, hence it is chosen before training.
-        weight, activation: grids of all convolutions but the first and Detect's last.
-        first_layer_bits, detect_bits: weight and input bits of those (the image itself is always 8 bit).
+        weight: grids of the weights of all convolutions but the first and Detect's last.
+        activation: grids of their inputs.
+        first_layer_bits: weight bits of the first convolution (the image itself is always 8 bit).
+        detect_bits: weight and input bits of Detect's last convolutions.
         layers: regular expression (full match of a convolution's module name) -> ``LayerOverride``.
         auto_bits: a budget from which ``layers`` is filled.
         options: of the method, see its ``Options``; all have ``paper``.
-        calibration, batch_norm, gabfusion, ada, distillation: see their classes.
+        calibration: first ranges.
+        batch_norm: statistics of batch norms.
+        gabfusion: fusion of branches.
+        ada: attention distillation.
+        distillation: further losses on the teacher.
     """
 
     method: str = "lsq"

@@ -82,7 +82,7 @@ class DSQOptions(MethodOptions):
         paper: unsigned activations, weights on all 2**bits codes, first ranges from the extremes of the data instead of
             the smallest squared error, gradients of x, l, u and alpha neither normalised nor scaled.
         alpha: first value; the smaller, the closer is the soft staircase to the hard one.
-        learn_alpha: False keeps that value.
+        learn_alpha: whether it is learned; false keeps that value.
     """
 
     alpha: float = 0.2

@@ -64,9 +64,9 @@ class PACTOptions(MethodOptions):
     Attributes:
         weights: ``sawb``, ``dorefa`` (up to 7 bits; wider weights take ``sawb``), or ``auto``: sawb, dorefa under
             ``paper``.
-        penalty: factor of the L2 penalty on both clips, which get no weight decay besides. None takes
-            ``DEFAULT_PENALTY``, under ``paper`` ``PAPER_PENALTY``.
-        initial_clip: first alpha; 0 searches it (smallest mean squared error), under ``paper`` it is ``PAPER_CLIP``.
+        penalty: factor of the L2 penalty on both clips, which get no weight decay besides; 0 switches it off. None
+            takes 1e-6, under ``paper`` 2e-4.
+        initial_clip: first alpha; 0 searches it (smallest mean squared error), under ``paper`` 0 stands for 10.
     """
 
     weights: str = "auto"

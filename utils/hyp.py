@@ -17,12 +17,12 @@ DEFAULT_FILE = ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"
 QUANTIZED_DEFAULTS: dict[str, float] = {
     "quant_lr0": 0.002,  # initial learning rate
     "quant_lrf": 0.05,  # final share of it
-    "quant_momentum": 0.937,
-    "quant_weight_decay": 0.0005,
-    "quant_warmup_epochs": 0.5,
+    "quant_momentum": 0.937,  # of SGD; first beta of Adam and AdamW
+    "quant_weight_decay": 0.0005,  # of convolutions' weights only
+    "quant_warmup_epochs": 0.5,  # in which the learning rate rises from 0
     "quant_parameter_lr": 1.0,  # factor for steps and zero points
     "quant_nominal_batch": 16,  # images per optimizer step: short schedules need steps more than large batches
-    "quant_ema_decay": 0.998,
+    "quant_ema_decay": 0.998,  # share of the old average that an update keeps, in the end
     "quant_ema_tau": 100.0,  # updates until the average forgets its start
     "quant_finetune_lr": 2e-5,  # Adam, one epoch, after `fold: finetune` (arXiv 2511.05898)
 }
