@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.backend import Backend, load_backend
+from models.backend import Backend, TorchBackend, load_backend, suppress
 from models.combined import combine
 from utils.boxes import scale_boxes
 from utils.detections import Detections
@@ -26,7 +26,6 @@ from utils.devices import select_device
 from utils.downloads import download, file_name
 from utils.errors import UserError
 from utils.images import letterbox, read_image
-from utils.nms import non_max_suppression
 from utils.timing import Stopwatch
 
 Source = Any  # a path, web address, PIL image, array or tensor
@@ -46,10 +45,10 @@ def load(
         device: '' (the first GPU if there is one), 'cpu', '0', 'mps'.
         half: 16-bit floats, on CUDA only.
         data: data set YAML with the class names, for files that hold none.
-        settings: attributes of ``Detector``: conf, iou, max_det, classes, agnostic, augment.
+        settings: attributes of ``Detector``: conf, iou, max_det, classes, agnostic, multi_label, augment.
 
     Raises:
-        UserError: a file that is absent or no detector, an unknown setting.
+        UserError: a file that is absent or no detector.
     """
     files = [weights] if isinstance(weights, str | Path) else list(weights)
     chosen = select_device(device)
@@ -66,7 +65,10 @@ class Detector:
         max_det: boxes kept per image.
         classes: list of class indices to keep, or None for all.
         agnostic: boxes suppress each other across classes.
+        multi_label: a box may have several classes.
         augment: three passes, mirrored and smaller too (checkpoints only).
+
+    A file that suppresses boxes itself (``export.py --nms``) does so with its own iou, agnostic and multi_label.
     """
 
     def __init__(
@@ -78,10 +80,11 @@ class Detector:
         classes: list[int] | None = None,
         agnostic: bool = False,
         augment: bool = False,
+        multi_label: bool = False,
     ) -> None:
         self.backends = list(backends)
         self.conf, self.iou, self.max_det = conf, iou, max_det
-        self.classes, self.agnostic, self.augment = classes, agnostic, augment
+        self.classes, self.agnostic, self.multi_label, self.augment = classes, agnostic, multi_label, augment
         self.backend = combine(self.backends, augment=False)
 
     @property
@@ -94,8 +97,40 @@ class Detector:
         """The sides of what the network sees are multiples of it (pixels)."""
         return self.backend.stride
 
+    def to(self, device: str | torch.device) -> Detector:
+        """Computes on ``device`` from now on; returns itself, as modules do.
+
+        Raises:
+            UserError: no such device here, or an exported file, which stays where it was loaded.
+        """
+        chosen = select_device(str(device))
+        for backend in self.backends:
+            if not isinstance(backend, TorchBackend):
+                raise UserError(
+                    f"{backend.path}: an exported file stays where it is: load(..., device={str(device)!r})"
+                )
+        for backend in self.backends:
+            backend.model.to(chosen)
+            backend.device = chosen
+        self.backend = combine(self.backends, augment=False)
+        return self
+
+    def cpu(self) -> Detector:
+        """``to("cpu")``."""
+        return self.to("cpu")
+
+    def cuda(self, device: int = 0) -> Detector:
+        """``to`` this GPU."""
+        return self.to(str(device))
+
+    def eval(self) -> Detector:
+        """Returns itself: it is never in training mode. So that programs written for YOLOv5 run."""
+        return self
+
     @torch.inference_mode()
-    def __call__(self, images: Source | Sequence[Source], size: int = 640, download: bool = False) -> Detections:
+    def __call__(
+        self, images: Source | Sequence[Source], size: int = 640, augment: bool | None = None, download: bool = False
+    ) -> Detections:
         """Finds objects.
 
         Args:
@@ -103,6 +138,7 @@ class Detector:
                 (height, width), (height, width, 3 or 4) or (3, height, width), RGB uint8; a tensor (3, H, W) or
                 (B, 3, H, W), RGB in 0..1 or uint8.
             size: longer side in pixels at which the network looks; a file of fixed size has its own.
+            augment: in place of the attribute.
             download: fetch web addresses.
 
         Raises:
@@ -115,12 +151,13 @@ class Detector:
                 return Detections([], [], self.names, [])
             batch, paddings = self._batch(pictures, size)
         with watches["inference"]:
-            backend = combine(self.backends, augment=True) if self.augment else self.backend
+            augmented = self.augment if augment is None else augment
+            backend = combine(self.backends, augment=True) if augmented else self.backend
             decoded, _ = backend(batch)
         with watches["nms"]:
-            found = non_max_suppression(
-                decoded, self.conf, self.iou, self.classes, self.agnostic, max_detections=self.max_det
-            )
+            own = backend.suppression
+            several = {} if own else {"multi_label": self.multi_label}
+            found = suppress(decoded, own, self.conf, self.iou, self.classes, self.agnostic, self.max_det, **several)
             for rows, picture, padding in zip(found, pictures, paddings, strict=True):
                 rows[:, :4] = scale_boxes(batch.shape[2:], rows[:, :4], picture.shape[:2], padding)
         speed = {name: watch.total / len(pictures) * 1e3 for name, watch in watches.items()}

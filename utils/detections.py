@@ -34,6 +34,7 @@ class Detections:
 
     Attributes:
         images: n arrays (height, width, 3) RGB uint8.
+        ims: the same; behind ``render`` the drawn ones, as in YOLOv5.
         xyxy: n tensors (boxes, 6) float32: x1, y1, x2, y2 in pixels of the image, confidence, class.
         names: class index -> name.
         files: n file names; images that came without one are called image0.jpg, image1.jpg ...
@@ -49,6 +50,7 @@ class Detections:
         speed: Mapping[str, float] | None = None,
     ) -> None:
         self.images, self.xyxy, self.names = list(images), list(xyxy), dict(names)
+        self.ims = self.images
         self.files, self.speed = list(files), dict(speed or {})
 
     def __len__(self) -> int:
@@ -56,6 +58,16 @@ class Detections:
 
     def __iter__(self) -> Iterator[Detections]:
         return iter(self.tolist())
+
+    @property
+    def pred(self) -> list[Tensor]:
+        """YOLOv5's name of ``xyxy``."""
+        return self.xyxy
+
+    @property
+    def n(self) -> int:
+        """YOLOv5's name of ``len``."""
+        return len(self)
 
     @cached_property
     def xywh(self) -> list[Tensor]:
@@ -125,22 +137,34 @@ class Detections:
                 caption = f"{label_name(self.names, int(label))} {score:.2f}" if labels else ""
                 annotator.box(corners, caption, class_color(int(label)))
             drawn.append(np.ascontiguousarray(annotator.image[..., ::-1]))
+        self.ims = drawn
         return drawn
 
-    def pictures(self) -> list[Image]:
+    def pictures(self, labels: bool = True) -> list[Image]:
         """``render`` as PIL images."""
         from PIL import Image
 
-        return [Image.fromarray(image) for image in self.render()]
+        return [Image.fromarray(image) for image in self.render(labels)]
 
-    def show(self) -> None:
+    def show(self, labels: bool = True) -> None:
         """Opens the drawn images in the system's image viewer (in a notebook: below the cell)."""
-        for picture in self.pictures():
+        for picture in self.pictures(labels):
             picture.show()
 
-    def save(self, folder: str | Path | None = None, labels: bool = True) -> list[Path]:
-        """Writes the drawn images as JPEGs, by default into a new folder runs/hub/exp; returns the files."""
-        folder = self._folder(folder)
+    def save(
+        self,
+        folder: str | Path | None = None,
+        labels: bool = True,
+        save_dir: str | Path | None = None,
+        exist_ok: bool = False,
+    ) -> list[Path]:
+        """Writes the drawn images as JPEGs; returns the files.
+
+        Args:
+            folder: where to; by default a new folder runs/hub/exp.
+            save_dir: as in YOLOv5: where it exists and without ``exist_ok``, save_dir2, save_dir3 ...
+        """
+        folder = self._folder(folder, save_dir, exist_ok)
         files = []
         for file, image in zip(self._unique_stems(), self.render(labels), strict=True):
             files.append(folder / f"{file}.jpg")
@@ -148,17 +172,24 @@ class Detections:
         LOGGER.info(f"Saved {len(files)} image{'s' if len(files) != 1 else ''} to {folder}")
         return files
 
-    def crop(self, folder: str | Path | None = None, save: bool = True) -> list[dict]:
+    def crop(
+        self,
+        folder: str | Path | None = None,
+        save: bool = True,
+        save_dir: str | Path | None = None,
+        exist_ok: bool = False,
+    ) -> list[dict]:
         """The objects as pictures of their own, with a little of their surroundings.
 
         Args:
             folder: files go to <folder>/crops/<class>/<image>_<number>.jpg; by default in a new folder runs/hub/exp.
             save: write files; without it the pictures are only returned.
+            save_dir, exist_ok: as of ``save``.
 
         Returns:
             For each object: box (4,), conf, cls, label, im (RGB array), and file if it was written.
         """
-        folder = self._folder(folder) if save else None
+        folder = self._folder(folder, save_dir, exist_ok) if save else None
         crops = []
         for stem, image, rows in zip(self._unique_stems(), self.images, self.xyxy, strict=True):
             for number, row in enumerate(rows, 1):
@@ -174,14 +205,12 @@ class Detections:
                 crops.append(found)
         return crops
 
-    def _folder(self, folder: str | Path | None) -> Path:
-        if folder is None:
-            return increment_path(WORK / "runs" / "hub" / "exp", make=True)
+    def _folder(self, folder: str | Path | None, save_dir: str | Path | None, exist_ok: bool) -> Path:
+        numbered = save_dir or WORK / "runs" / "hub" / "exp"
         try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
+            return increment_path(folder or numbered, exist_ok or folder is not None, make=True)
         except OSError as error:
-            raise UserError(f"{folder}: cannot be made ({error.strerror or error})") from None
-        return Path(folder)
+            raise UserError(f"{folder or numbered}: cannot be made ({error.strerror or error})") from None
 
     def _unique_stems(self) -> list[str]:
         """Names without suffix; images of one name get a number, so that none overwrites another."""

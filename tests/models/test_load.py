@@ -13,6 +13,7 @@ import torch
 from loopback import loopback
 from PIL import Image
 
+import export
 from models.load import load, read_sources
 from models.yolo import DetectionModel
 from utils.boxes import crop_region
@@ -167,6 +168,47 @@ def test_torch_hub(weights, picture):
     assert {"custom", "yolov5n", "yolov5x6"} <= set(vars(importlib.import_module("hubconf")))
 
 
+def test_programs_written_for_yolov5_run(weights, picture, tmp_path):
+    """Modules' methods, arguments of hub's entry points, names and folders of the results."""
+    model = torch.hub.load(str(ROOT), "custom", path=str(weights), autoshape=True, source="local", _verbose=False)
+    assert model.eval() is model and model.to(torch.device("cpu")) is model and model.cpu() is model
+    model.max_det = 3
+    results = model([picture], size=160, augment=False)
+    assert results.n == 1 and results.pred is results.xyxy and (results.ims[0] == results.images[0]).all()
+    drawn = results.render()
+    assert results.ims is drawn and (results.ims[0] != results.images[0]).any()
+    for expected, exist_ok in (("exp", False), ("exp2", False), ("exp", True)):
+        (file,) = results.save(save_dir=tmp_path / "exp", exist_ok=exist_ok)
+        assert file.parent == tmp_path / expected
+    assert results.crop(save_dir=tmp_path / "exp")[0]["file"].is_relative_to(tmp_path / "exp3")
+    model.conf, model.max_det, several = 0.001, 1000, {}
+    for model.multi_label in (False, True):
+        several[model.multi_label] = len(model(picture, size=160).xyxy[0])
+    assert several[True] > several[False]
+
+
+@pytest.mark.parametrize(
+    "entry, settings",
+    [("custom", {"autoshape": False}), ("yolov5n", {"pretrained": False}), ("yolov5n", {"classes": 3})],
+)
+def test_what_hub_does_not_give_is_said(weights, entry, settings):
+    path = {"path": str(weights)} if entry == "custom" else {}
+    with pytest.raises(UserError, match=r"models\.(backend|yolo)"):
+        torch.hub.load(str(ROOT), entry, source="local", verbose=False, **path, **settings)
+
+
+def test_a_file_with_suppression_inside_is_not_suppressed_again(weights, picture, tmp_path):
+    pytest.importorskip("onnxruntime")
+    copied = tmp_path / "pets.pt"
+    copied.write_bytes(weights.read_bytes())
+    assert export.main(["--weights", str(copied), "--imgsz", "160", "--dynamic", "--nms", "--max-det", "20"]) == 0
+    exported = load(tmp_path / "pets.onnx", classes=[1])
+    (rows,) = exported.backend(padded_by_hand(picture))[0]
+    assert torch.equal(exported(picture, size=160).xyxy[0], taken_back(rows[rows[:, 5] == 1]))
+    with pytest.raises(UserError, match="stays where it is"):
+        exported.to("cpu")
+
+
 def test_the_documentations_example_runs(weights, picture, tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     code = next(part for part in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "models.load" in part)
@@ -180,12 +222,21 @@ def test_the_documentations_example_runs(weights, picture, tmp_path, monkeypatch
     assert space["picture"].shape == (120, 160, 3) and list(space["best"]["xmin"]) == sorted(space["best"]["xmin"])
 
 
-def test_boxes_equal_those_of_an_image_padded_by_hand(model, picture):
-    rgb = np.ascontiguousarray(cv2.imread(str(picture))[..., ::-1])
+def padded_by_hand(picture):
+    """The picture of 120x160 as the network's input: 4 rows of padding above and below."""
     canvas = np.full((128, 160, 3), 114, np.uint8)
-    canvas[4:124] = rgb
-    batch = torch.from_numpy(canvas).permute(2, 0, 1)[None].float() / 255
-    (expected,) = non_max_suppression(model.backend(batch)[0], 0.25, 0.45, max_detections=20)
-    expected[:, [1, 3]] -= 4
-    clipped = torch.minimum(expected[:, :4].clamp(min=0), torch.tensor([160.0, 120.0, 160.0, 120.0]))
-    torch.testing.assert_close(model(picture, size=160).xyxy[0][:, :4], clipped, rtol=1e-3, atol=1e-2)
+    canvas[4:124] = cv2.imread(str(picture))[..., ::-1]
+    return torch.from_numpy(canvas).permute(2, 0, 1)[None].float() / 255
+
+
+def taken_back(rows):
+    """Rows (n, 6) in pixels of ``padded_by_hand`` -> in those of the picture."""
+    moved = rows - torch.tensor([0.0, 4, 0, 4, 0, 0])
+    moved[:, :4] = torch.minimum(moved[:, :4].clamp(min=0), torch.tensor([160.0, 120.0, 160.0, 120.0]))
+    return moved
+
+
+def test_boxes_equal_those_of_an_image_padded_by_hand(model, picture):
+    (rows,) = non_max_suppression(model.backend(padded_by_hand(picture))[0], 0.25, 0.45, max_detections=20)
+    expected = taken_back(rows)[:, :4]
+    torch.testing.assert_close(model(picture, size=160).xyxy[0][:, :4], expected, rtol=1e-3, atol=1e-2)
