@@ -37,6 +37,8 @@ from utils.sources import Frame, Sources
 from utils.streams import Streams, file_address, is_stream
 from utils.timing import Stopwatch
 
+DEFAULT_SOURCE = str(ROOT / "data" / "images")
+
 
 def image_to_tensor(image: np.ndarray, size: tuple[int, int], stride: int, auto: bool, device: torch.device) -> Tensor:
     """BGR uint8 (h, w, 3) -> letterboxed RGB float32 (1, 3, H, W) in 0..1; with ``auto`` only padded to the stride."""
@@ -151,7 +153,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description="Find objects in images and videos.")
     parser.add_argument("--weights", nargs="+", default=None, help=".pt, .onnx, .torchscript, OpenVINO; newest best.pt")
     parser.add_argument(
-        "--source", default=str(ROOT / "data" / "images"),
+        "--source", default=DEFAULT_SOURCE,
         help="file, folder, pattern, list (.txt), web address, camera number, stream, list of those (.streams)",
     )  # fmt: skip
     parser.add_argument("--data", default=None, help="dataset YAML: class names for files that carry none")
@@ -225,6 +227,10 @@ def _refuse(options: argparse.Namespace) -> None:
         raise UserError("--update: weights files are never rewritten; official ones are read as they are")
     if options.dnn:
         raise UserError("--dnn: ONNX files run in onnxruntime, not in OpenCV: leave the flag out")
+    if options.source == DEFAULT_SOURCE and not Path(options.source).exists():
+        raise UserError(
+            "give --source: a file, folder, pattern, camera or address. YOLOv5's photos are not part of this project"
+        )
     if options.source.lower().startswith("screen"):
         raise UserError("--source screen: screens are not read; record a video, or give a camera or stream")
 

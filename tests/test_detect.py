@@ -127,6 +127,7 @@ def test_mistakes_are_one_line(weights, images, tmp_path, capsys):
         (["--update"], "--update"),
         (["--dnn"], "onnxruntime"),
         (["--source", "screen 0"], "screens are not read"),
+        (["--source", detect.DEFAULT_SOURCE], "give --source"),
         (["--visualize", "--augment"], "--visualize"),
         (["--line-thickness", "0"], "at least 1"),
         (["--vid-stride", "0"], "1 or more"),

@@ -275,7 +275,7 @@ def _visible_blues() -> Colormap:
 def _whole_numbers() -> MaxNLocator:
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(integer=True)
+    return MaxNLocator(integer=True, min_n_ticks=1)  # with one epoch, a second tick would be a fraction
 
 
 def _plot_correlogram(boxes: np.ndarray, file: Path) -> None:

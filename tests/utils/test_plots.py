@@ -2,10 +2,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from utils.metrics import ap_per_class
 from utils.plots import (
     Annotator,
+    _whole_numbers,
     class_color,
     plot_class_curves,
     plot_confusion_matrix,
@@ -82,6 +84,11 @@ def test_results_and_study(tmp_path):
     file.write_text("               epoch,      train/box_loss,    quant/note\n0,0.5,x\n1,0.25,\n2,nan,\n")
     plot_results(file)
     read(tmp_path / "results.png")
+    figure = Figure()
+    axes = figure.add_subplot()
+    axes.set_xlim(-0.5, 0.5)  # of one epoch
+    axes.xaxis.set_major_locator(_whole_numbers())
+    assert [tick for tick in axes.get_xticks() if -0.5 <= tick <= 0.5] == [0]
     rows = np.array([[256, 0, 0, 0.4, 0.2, 1, 5, 1], [512, 0, 0, 0.5, 0.3, 1, 15, 1]])
     plot_study({"n": rows}, tmp_path / "study.png")
     read(tmp_path / "study.png")
