@@ -1,10 +1,11 @@
 """The quantizers' elementwise arithmetic as kernels: one pass forward, one backward.
 
-The formulas below are compiled by ``torch.compile`` for an accelerator, and stand in ``native.cpp`` for a CPU.
+The formulas below are compiled by ``torch.compile`` for an accelerator, and stand in ``native.cpp`` for a CPU. LSQ's
+have Triton kernels of their own (``quant.triton_uniform``).
 ``quant.compilation`` switches kernels on; without, or where compiling fails, the same results come from
 ``quant.blocks``, piece by piece.
 
-All tensors of the formulas are one-dimensional; x and gradients may be shortened types, in between is float32.
+The formulas' sums are over the last dimension; x and gradients may be shortened types, in between is float32.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from quant.layouts import unflat
 # Each is a comparison in the kernel. With the 15 of 4 bits that takes 0.6 times a table's time on a CPU; more of them,
 # or an accelerator, have not been measured.
 MOST_THRESHOLDS = 15
+# A compiled sum over everything would be one block's work where the first tensor that is seen is small: a step of
+# yolov5n took 27 times a float step's time on an H200. So each of at most this many rows has its sum.
+MOST_ROWS = 4096
 _on = False
 
 
@@ -30,6 +34,11 @@ def active(x: Tensor, steps: Tensor | float, thresholds: int = 0) -> bool:
     if not _on or x.device.type == "cpu":
         return native_active(x)
     return (not isinstance(steps, Tensor) or steps.numel() == 1) and thresholds <= MOST_THRESHOLDS
+
+
+def triton_active(x: Tensor) -> bool:
+    """Whether LSQ's Triton kernels are to be used for ``x``."""
+    return _on and x.device.type == "cuda" and x.numel() > 0 and not torch.compiler.is_compiling()
 
 
 def native_active(x: Tensor) -> bool:
@@ -76,18 +85,21 @@ def run_compiled(kernel: Callable, tensors: Sequence[Tensor], *values: Tensor | 
         value.reshape(-1) if isinstance(value, Tensor) else torch.full((1,), value, device=like.device)
         for value in values
     )
-    results = compiled(kernel)(*(_alias(tensor) for tensor in tensors), *(value.detach() for value in values))
+    # The largest power of two that divides the size, limited.
+    rows = min(like.numel() & -like.numel(), MOST_ROWS)
+    results = compiled(kernel)(*(_alias(tensor, rows) for tensor in tensors), *(value.detach() for value in values))
     results = results if isinstance(results, tuple) else (results,)
-    return unflat(results[0], like), *results[1:]
+    return unflat(results[0].reshape(-1), like), *(sums.sum() for sums in results[1:])
 
 
-def _alias(tensor: Tensor) -> Tensor:
-    """The values of a dense tensor in memory order, (n,), without a copy and without a past.
+def _alias(tensor: Tensor, rows: int) -> Tensor:
+    """The values of a dense tensor in memory order, (rows, n / rows), without a copy and without a past.
 
     Neither the shape that a view comes from nor whether it wants a gradient must be a reason to compile again.
     """
+    columns = tensor.numel() // rows
     alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), (tensor.numel(),), (1,))
+    return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), (rows, columns), (columns, 1))
 
 
 # --- formulas ---------------------------------------------------------------------------------------------------------
@@ -105,7 +117,7 @@ def uniform_backward(
     gradient, v = gradient.float(), x.float()
     passed = torch.where((v <= low * step) | (v >= high * step), 0.0, gradient)
     by_step = gradient * (v / step).round().clamp(low, high) * step - passed * v
-    return passed.to(x.dtype), by_step.sum(), (gradient - passed).sum()
+    return passed.to(x.dtype), by_step.sum(-1), (gradient - passed).sum(-1)
 
 
 def clipped_backward(gradient: Tensor, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,7 +125,7 @@ def clipped_backward(gradient: Tensor, x: Tensor, low: Tensor, high: Tensor) -> 
     gradient, v = gradient.float(), x.float()
     passed = torch.where((v <= low) | (v >= high), 0.0, gradient)
     above = torch.where(v >= high, gradient, 0.0)
-    return passed.to(x.dtype), above.sum(), (gradient - passed - above).sum()
+    return passed.to(x.dtype), above.sum(-1), (gradient - passed - above).sum(-1)
 
 
 def soft_backward(
@@ -137,7 +149,7 @@ def soft_backward(
     gradient_x = passed * (1 - soft * soft) * gain
     moved = gradient * hard - gradient_x * v * divisor
     slope, bend = gradient_x * turned * divisor, passed * soft
-    return gradient_x.to(x.dtype), moved.sum(), (gradient - passed).sum(), slope.sum(), bend.sum()
+    return gradient_x.to(x.dtype), moved.sum(-1), (gradient - passed).sum(-1), slope.sum(-1), bend.sum(-1)
 
 
 def thresholds_passed(x: Tensor, step: Tensor, first: Tensor, thresholds: Tensor) -> Tensor:

@@ -222,4 +222,8 @@ def uniform_fake_quantize(
     Returns:
         A tensor of ``x``'s shape and dtype whose values are ``(code - zero_point) * step``.
     """
+    if kernels.triton_active(x):
+        from quant.triton_uniform import uniform_fake_quantize as launched  # needs Triton, which not every machine has
+
+        return launched(x, step, zero_point, grid.qmin, grid.qmax, gradient_scale)
     return _UniformFakeQuantize.apply(x, step, zero_point, grid, gradient_scale, keep_output)

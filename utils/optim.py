@@ -72,7 +72,13 @@ def build_optimizer(
     # One kernel for all of a parameter's arithmetic; the default is a dozen small ones for each of 177 tensors.
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in model.parameters())
     if name == "SGD":
-        return torch.optim.SGD(settings, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
+        optimizer = torch.optim.SGD(settings, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
+        if momentum > 0:
+            # The fused step makes the buffers in its first call and leaves them unwritten where float16 overflows in
+            # that call, as it does with the first loss scale: what lies in memory would reach the weights in the next.
+            for parameter in (parameter for group in groups for parameter in group):
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     if name in ("Adam", "AdamW"):
         return getattr(torch.optim, name)(settings, lr=lr, betas=(momentum, 0.999), fused=fused)
     raise UserError(f"--optimizer {name}: unknown; choose one of {', '.join(OPTIMIZERS)}")

@@ -134,3 +134,20 @@ def test_early_stopping():
     assert again.step(6, 0.2)
     assert not any(EarlyStopping(patience=0).step(epoch, 1 / (1 + epoch)) for epoch in range(50))
     assert math.isclose(again.best_fitness, 0.3)
+
+
+def test_an_overflow_in_the_first_step_leaves_no_momentum():
+    model = nn.Conv2d(3, 4, 3)
+    optimizer = build_optimizer(model, "SGD", 0.1, 0.9, 0.0)
+    before = model.weight.detach().clone()
+    optimizer.found_inf = torch.ones(())  # how a GradScaler tells the fused step
+    optimizer.grad_scale = None
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, float("inf"))
+    optimizer.step()
+    assert torch.equal(model.weight, before)
+    optimizer.found_inf = torch.zeros(())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(model.weight, before - 0.1 * 1.9)  # Nesterov: gradient + momentum * gradient
