@@ -42,6 +42,7 @@ from training.options import (
 from training.phases import best_model, build_float_model, float_phase, load_teacher, quantized_phase, summarise
 from training.random_state import seed_everything
 from training.run import Phase, Run, check_processes, new_run_folder
+from training.screen import start_lines
 from utils import distributed
 from utils.allocation import keep_freed_memory
 from utils.checkpoint import load_checkpoint
@@ -49,7 +50,7 @@ from utils.dataset_yaml import load_dataset_yaml, prepare_dataset
 from utils.devices import limit_threads
 from utils.errors import UserError
 from utils.hyp import load_hyp
-from utils.log import LOGGER
+from utils.log import LOGGER, set_verbose
 from utils.paths import WORK
 from utils.plots import plot_labels, plot_results
 from utils.wandb_log import WandbLog
@@ -173,6 +174,7 @@ def check_phases(options: argparse.Namespace, config: QuantConfig | None) -> Non
 def main(options: argparse.Namespace) -> Path:
     """Trains as ``options`` say; returns the run folder."""
     keep_freed_memory()
+    set_verbose(options.verbose)
     if options.evolve is not None:
         return evolve(options, main)
     resume, save_dir = None, None
@@ -190,13 +192,11 @@ def main(options: argparse.Namespace) -> Path:
 def train_phases(run: Run, model: DetectionModel, resume: dict | None) -> None:
     """The phases that are left, then the charts and the table at the end."""
     options = run.options
-    LOGGER.info(
-        f"{model.info(options.imgsz)} on {run.device}, {torch.get_num_threads()} threads, run in {run.save_dir}"
-    )
+    LOGGER.info(f"\n{start_lines(run, model)}")
     if not options.noplots and resume is None and distributed.is_main():
         plot_labels(np.concatenate(run.train_set.labels), run.names, run.save_dir)
     if run.config is not None:
-        LOGGER.info("Quantization:\n" + yaml.safe_dump(run.config.to_dict(), sort_keys=False).rstrip())
+        LOGGER.debug("Quantization:\n" + yaml.safe_dump(run.config.to_dict(), sort_keys=False).rstrip())
 
     phase = resume["phase"] if resume else None
     if run.config is None:

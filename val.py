@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from models.backend import Backend, TorchBackend, suppress
 from models.combined import open_weights
@@ -45,13 +44,13 @@ from utils.metrics import (
 )  # fmt: skip
 from utils.paths import ROOT, WORK, increment_path
 from utils.plots import plot_class_curves, plot_confusion_matrix, plot_images, plot_study
+from utils.progress import progress
 from utils.results import newest_weights, save_text
 from utils.run_log import LOCALISATION_COLUMNS
 from utils.timing import Stopwatch
 from utils.voc_metrics import VocEvaluator, VocResult
 
 HEADER = ("%22s" + "%11s" * 6) % ("Class", "Images", "Instances", "P", "R", "mAP50", "mAP50-95")
-BAR = "{desc}: {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
 ROW = "%22s" + "%11i" * 2 + "%11.3g" * 4
 PLOTTED_BATCHES = 3
 TASKS = ("val", "test", "train", "speed", "study")
@@ -159,7 +158,7 @@ def evaluate(
         single_class: every label and detection counts as class 0.
         loss: a ``DetectionLoss``; its parts are averaged over batches if the model returns raw maps.
         verbose: print one line per class too.
-        report: show progress and print the table.
+        report: print the table.
         sharded: whether each process of a job has every n-th image (``EpochSampler``); all get the whole's result.
     """
     was_training = isinstance(model, nn.Module) and model.training
@@ -170,7 +169,7 @@ def evaluate(
     watches = {name: Stopwatch(device) for name in ("preprocess", "inference", "nms")}
     losses, batches = torch.zeros(3, device=device), 0
     head, suppression = _head(model), getattr(model, "suppression", None)
-    for images, targets, paths, shapes in tqdm(loader, HEADER, disable=not report, bar_format=BAR):
+    for images, targets, paths, shapes in progress(loader, "validation"):
         with watches["preprocess"]:
             images, targets = _to_device(model, images, device), targets.to(device).clone()
         with watches["inference"], _undecoded(head):
@@ -342,9 +341,10 @@ def _plot_batch(
 
 
 def log_table(result: Evaluation, names: Mapping[int, str], verbose: bool) -> None:
-    """Prints the line of all classes under the progress bar's header and, if ``verbose``, one per class; then what
-    tells localisation and classification apart."""
+    """Prints the line of all classes and, if ``verbose``, one per class; then what tells localisation and
+    classification apart."""
     means = (result.precision, result.recall, result.map50, result.map)
+    LOGGER.info(HEADER)
     LOGGER.info(ROW % ("all", result.images, result.instances, *means))
     if not result.instances:
         LOGGER.warning("no labels found: nothing can be measured")

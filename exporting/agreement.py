@@ -31,6 +31,7 @@ from utils.dataset import create_dataloader
 from utils.dataset_yaml import DatasetSpec, load_dataset_yaml, prepare_dataset
 from utils.errors import UserError
 from utils.metrics import ap_per_class
+from utils.progress import progress
 from utils.suppression import Suppression
 
 MAP_TOLERANCE = 0.002
@@ -154,7 +155,7 @@ def standard_errors(ours: val.Evaluation, theirs: val.Evaluation, seed: int = 0)
     """Standard deviations of the differences in mAP50 and mAP50-95 over ``RESAMPLES`` draws of as many images."""
     generator = np.random.default_rng(seed)
     differences = []
-    for _ in range(RESAMPLES):
+    for _ in progress(range(RESAMPLES), "drawing images again"):
         times = generator.multinomial(ours.images, np.full(ours.images, 1 / ours.images))
         differences.append(np.subtract(_drawn(theirs.samples, times), _drawn(ours.samples, times)))
     map50, map50_95 = np.std(differences, axis=0, ddof=1).tolist()

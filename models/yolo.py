@@ -432,7 +432,7 @@ class DetectionModel(nn.Module):
             self.yaml_file, self.yaml = Path(cfg).name, read_model_yaml(cfg)
         self.yaml["ch"] = self.yaml.get("ch", ch)
         if nc is not None and nc != self.yaml.get("nc"):
-            LOGGER.info(f"{self.yaml_file}: nc={self.yaml.get('nc')} replaced by nc={nc}")
+            LOGGER.debug(f"{self.yaml_file}: nc={self.yaml.get('nc')} replaced by nc={nc}")
             self.yaml["nc"] = nc
         if anchors is not None:
             counted = isinstance(anchors, int | float)

@@ -15,6 +15,7 @@ from quant.prepare import quantizers, set_enabled
 from quant.quantizer import Quantizer
 from quant.ranges import SAMPLE_LIMIT
 from utils.errors import UserError
+from utils.progress import progress
 
 
 class InputSampler:
@@ -61,7 +62,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     handles = [quantizer.register_forward_pre_hook(samplers[name]) for name, quantizer in inputs.items()]
     set_enabled(model, False)
     try:
-        calibrate_fusion(model, batches)
+        calibrate_fusion(model, progress(batches, "calibration"))
     finally:
         for handle in handles:
             handle.remove()

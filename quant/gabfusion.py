@@ -290,7 +290,7 @@ def strength_at(progress: float, ramp: float = 0.05, hold: float = 0.5, release:
     return (release - progress) / (release - hold)
 
 
-def calibrate_fusion(model: nn.Module, batches: list[Tensor], fix: dict[str, Tensor] | None = None) -> None:
+def calibrate_fusion(model: nn.Module, batches: Iterable[Tensor], fix: dict[str, Tensor] | None = None) -> None:
     """Sets m0 and s0 at every fusion node from its statistics over ``batches``, or makes the statistics constant.
 
     Args:

@@ -35,6 +35,7 @@ from quant.quantizer import IntegerForm, Quantizer
 from utils.command import exit_code
 from utils.errors import UserError
 from utils.log import LOGGER
+from utils.progress import progress
 
 FLOAT_BITS = 32
 SMALLEST_SQUARE = 1e-30
@@ -250,7 +251,7 @@ def layer_reports(model: nn.Module, batches: Sequence[Tensor] = (), example: Ten
     model.eval()
     watch = _Watch(model)
     try:
-        for images in batches or ([] if example is None else [example]):
+        for images in progress(batches or ([] if example is None else [example]), "layer by layer"):
             model(images)
     finally:
         watch.close()

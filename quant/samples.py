@@ -10,6 +10,7 @@ from torch import Tensor
 
 from utils.dataset import DetectionDataset, collate
 from utils.dataset_yaml import load_dataset_yaml, prepare_dataset
+from utils.progress import progress
 
 # Pixels of one batch: 16 images of 320 x 320. A network's layer outputs of so many take 300 MB with yolov5n's width.
 BATCH_PIXELS = 16 * 320 * 320
@@ -32,7 +33,7 @@ def labelled_batches(
     chosen = [round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(count)]
     size = batch_size or max(BATCH_PIXELS // dataset[chosen[0]][0][0].numel(), 1)  # [0][0]: one plane of the image
     batches = []
-    for first in range(0, count, size):
+    for first in progress(range(0, count, size), "reading images"):
         stacked, targets, _, _ = collate([dataset[index] for index in chosen[first : first + size]])
         batches.append((stacked.to(device).float() / 255, targets.to(device)))
     return batches

@@ -275,7 +275,8 @@ class QuantizedTraining:
             loss = float(distributed.mean(self._term_sums[name] / self._term_count))
             ratio = self.gradient_ratios.get(name, 0.0)
             found |= {f"quant/{name}_loss": loss, f"quant/{name}_gradient_ratio": ratio}
-            LOGGER.info(f"  {name} loss {loss:.4g}, gradient {ratio:.1%} of the task's at layers {list(self.features)}")
+            at = f"at layers {list(self.features)}"
+            LOGGER.debug(f"  {name} loss {loss:.4g}, gradient {ratio:.1%} of the task's {at}")
         keys = {name: "ada.weight" if name == "ada" else f"distillation.{name}" for name in self.term_weights}
         given = {name: ratio for name, ratio in self.gradient_ratios.items() if name not in self.target_ratios}
         self.monitors.check_ratios(given, keys)
@@ -284,7 +285,7 @@ class QuantizedTraining:
 
     def _describe_node(self, name: str, node: GABFusion) -> dict[str, float]:
         factors, energies = node.factors().tolist(), node.energy_average.tolist()
-        LOGGER.info(
+        LOGGER.debug(
             f"  {name}: alpha {' : '.join(f'{f / (1 if node.paper else node.branches):.3f}' for f in factors)}, "
             f"gradient norms {' : '.join(f'{e:.3g}' for e in energies)}, strength {self.strength:.2f}"
         )

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from models.backend import open_session
 from quant.fold import ActivationGrid
 from quant.onnx_graph import INPUT_NAME, ExportedGraph, call_name
+from utils.progress import progress
 
 QUANTIZER_TOLERANCE = 1e-5  # steps; with more than 42 levels the two float32 spacings that follow are more
 FLOAT_SPACING = 2**-23  # relative: a quotient of 255 is known to 1.5e-5, and runtimes multiply by the inverse
@@ -237,7 +238,7 @@ def references(
         codes[name] = grid.codes(x).to(torch.int16)
 
     found = []
-    for image in images:
+    for image in progress(images, "network"):
         batch = image.unsqueeze(0).repeat(batch_size, 1, 1, 1)
         codes = {}
         with _watched(model, watch):
@@ -297,7 +298,7 @@ def verify(
     outputs = (codes, [*codes, *sources]) if result.quantized else ()
     plain, *sessions = [opened([exported.decoded, *names]) for names in ((), *outputs)]
     half = _is_half(exported.model)
-    for reference in expected:
+    for reference in progress(expected, "comparing"):
         result.images += 1
         theirs = torch.from_numpy(plain(reference.batch)[exported.decoded]).float()
         flipped = bool(sessions) and _check_inside(result, model, exported, reference, sessions)
@@ -324,7 +325,7 @@ def verify_outputs(
     """
     result = Verification(quantized=quantized, inside=False)
     tolerance = HALF_TOLERANCE if half else OUTPUT_TOLERANCE
-    for reference in expected:
+    for reference in progress(expected, "comparing"):
         result.images += 1
         theirs = run(reference.batch).float().cpu()
         equal = bool(((reference.decoded - theirs).abs() <= tolerance * (1 + reference.decoded.abs())).all())

@@ -172,7 +172,7 @@ def test_command_line(weights, tiny_dataset, tmp_path, capsys):
     ]
     assert val.main([*arguments, "--device", "cpu", "--workers", "0"]) == 0
     output = capsys.readouterr()
-    assert "mAP50-95" in output.err and "Speed:" in output.out
+    assert "mAP50-95" in output.out and "Speed:" in output.out and output.err == ""
     assert (tmp_path / "runs" / "exp" / "tiny_predictions.json").is_file()
     assert val.main([*arguments, "--workers", "0", "--task", "speed", "--noplots"]) == 0
     assert (tmp_path / "runs" / "exp2").is_dir()

@@ -94,6 +94,7 @@ def _add_output_flags(add) -> None:
     add("--nosave", action="store_true", help="save only the last checkpoint")
     add("--noval", action="store_true", help="validate after the last epoch only")
     add("--noplots", action="store_true", help="draw no plots")
+    add("--verbose", action="store_true", help="say more: the whole quantization, every layer, every epoch's details")
     add("--save-period", type=int, default=-1, help="keep a checkpoint every N epochs")
     add("--bucket", default="", help="refused: copy the run folder with your cloud's own tool")
 

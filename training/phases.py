@@ -28,6 +28,7 @@ from quant.report import (
 from quant.samples import thin_out
 from training.random_state import seed_everything
 from training.run import Phase, Run
+from training.screen import BEST, NORMALISED
 from training.trainer import QUANTIZED_EPOCHS, Trainer
 from utils import distributed
 from utils.anchors import check_anchors
@@ -99,7 +100,7 @@ def float_phase(run: Run, model: DetectionModel, resume: dict | None) -> Detecti
             train_set.shapes, train_set.labels, model.detect, options.imgsz, run.hyp["anchor_t"], options.seed
         )
         model.half().float()  # as in files of upstream: anchors and weights start from numbers that fp16 can hold
-    LOGGER.info(f"Float phase: {phase.epochs} epochs on {len(run.train_set)} images")
+    LOGGER.info(f"\nFloat phase: {phase.epochs} epoch{'s' if phase.epochs != 1 else ''}")
     trainer = Trainer(run, phase, model, start=resume)
     trainer.fit()
     return best_model(run, phase)
@@ -153,6 +154,20 @@ def report_layers(run: Run, model: DetectionModel, batches: list[Tensor]) -> tup
     return reports, whole
 
 
+def noisiest(reports: list[LayerReport], number: int = 3) -> str:
+    """The convolutions whose outputs suffer most, with their signal-to-noise ratios."""
+    measured = [report for report in reports if report.output_sqnr is not None]
+    worst = sorted(measured, key=lambda report: report.output_sqnr)[:number]
+    return ", ".join(f"{report.name.removesuffix('.conv')} {report.output_sqnr:.1f} dB" for report in worst)
+
+
+def costs(whole: Totals) -> str:
+    """Size and operations of the quantized network in one line."""
+    smaller = whole.float_bytes / whole.bytes
+    text = f"{whole.weight_bits:.2f} bits a weight, {whole.bytes / 1e6:.2f} MB ({smaller:.1f} x smaller)"
+    return text + (f", {whole.float_bops / whole.bops:.0f} x fewer bit operations" if whole.bops else "")
+
+
 def quantized_phase(
     run: Run, float_model: DetectionModel, teacher: nn.Module | None, resume: dict | None
 ) -> tuple[DetectionModel, Accuracy | None]:
@@ -178,9 +193,10 @@ def quantized_phase(
         # the float network's statistics, 0.54 with those of the quantized one.
         run.reestimate_norms(model, QUANTIZED_EPOCHS)
         seconds = time.perf_counter() - started
-        LOGGER.info(f"Calibrated on {run.config.calibration.images} images in {seconds:.1f} s. Noisiest layers:")
+        LOGGER.info(f"\nCalibrated on {sum(map(len, batches))} images in {seconds:.1f} s")
         reported = report_layers(run, model, batches)
-        LOGGER.info(f"{format_report(reported[0], 10)}\n{reported[1].describe()}; all layers in layers.csv")
+        LOGGER.debug(f"{format_report(reported[0])}\n{reported[1].describe()}")
+        LOGGER.info(f"{costs(reported[1])}\nNoisiest layers: {noisiest(reported[0])}")
         calibrated = run.evaluate(model)
         LOGGER.info(f"Calibrated only: mAP50 {calibrated.map50:.4f}  mAP50-95 {calibrated.map:.4f}")
     trainer = Trainer(run, phase, model, teacher, resume)
@@ -194,7 +210,9 @@ def quantized_phase(
         for name in ("best", "last"):  # a run without last.pt is not finished
             trainer._save(checkpoint, name)
         return model, before
-    LOGGER.info(f"Quantized phase: {phase.epochs} epochs, {run.config.method} {run.config.bits_label()}")
+    LOGGER.info(f"\nQuantized phase: {phase.epochs} epochs, {run.config.method} {run.config.bits_label()}")
+    if trainer.quantized.nodes and run.config.gabfusion.fold != "keep":
+        LOGGER.info(f"{NORMALISED}: GABFusion still normalises, the network is not yet one for {BEST}.pt")
     trainer.fit()
     best = best_model(run, phase)
     report_layers(run, best, batches)  # layers.csv tells of the network that is kept

@@ -24,6 +24,7 @@ from utils.devices import select_device
 from utils.errors import UserError
 from utils.loss import DetectionLoss, scale_loss_gains
 from utils.paths import increment_path, write_text_at_once
+from utils.progress import progress
 from utils.wandb_log import WandbLog
 from val import Evaluation, OutputOptions, evaluate
 
@@ -140,7 +141,9 @@ class Run:
         layers keep theirs."""
         images = self.config.batch_norm.reestimate
         if images:
-            reestimate_norms(model, self.training_batches(images, epoch), self.frozen_prefixes)
+            batches = -(-min(images, len(self.train_set)) // self.options.batch_size)
+            shown = progress(self.training_batches(images, epoch), "batch norms", batches)
+            reestimate_norms(model, shown, self.frozen_prefixes)
 
     def make_loss(self, model: DetectionModel) -> DetectionLoss:
         """The detection loss for ``model`` with this run's gains."""

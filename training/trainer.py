@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import sys
 import time
 from contextlib import nullcontext
 from datetime import datetime, timezone
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from models.yolo import DetectionModel
 from quant import kernels
@@ -27,6 +25,7 @@ from quant.training import QuantizedTraining
 from training.diagnosis import FiniteCheck, first_non_finite
 from training.random_state import random_states, restore_random_states
 from training.run import Phase, Run
+from training.screen import BEST, NORMALISED, EpochLines
 from utils import distributed
 from utils.boxes import xywh_to_xyxy
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -48,6 +47,7 @@ from utils.optim import (
     warmup_iterations,
 )
 from utils.plots import plot_images
+from utils.progress import progress
 from utils.run_log import RunLog
 from val import Evaluation
 
@@ -80,11 +80,12 @@ class Trainer:
         self.quantized: QuantizedTraining | None = None
         if phase.quantized:
             self.quantized = QuantizedTraining(model, self.ema.ema, run.config, teacher, phase.epochs)
-            with distributed.local_main_first():
-                self._compile_quantizers(getattr(options, "compile", "auto"))
         self.stopped = False
         if start is not None:
             self._load(start)
+        if self.quantized:  # now that the quantizers have their ranges
+            with distributed.local_main_first():
+                self._compile_quantizers(getattr(options, "compile", "auto"))
         self.loss = run.make_loss(model)  # after loading: it copies the anchors, which the float phase may have fitted
         columns = self.quantized.columns if self.quantized else ()
         events = run.save_dir if phase.prefix == "" else run.save_dir / phase.name
@@ -145,7 +146,7 @@ class Trainer:
             self._separate_branch_weights(optimizer)
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
-        LOGGER.info(f"  {describe_groups(optimizer)}")
+        LOGGER.debug(f"  {describe_groups(optimizer)}")
         return optimizer
 
     def _separate_branch_weights(self, optimizer: torch.optim.Optimizer) -> None:
@@ -173,9 +174,13 @@ class Trainer:
         if self.first_epoch == 0 and not self.options.nosave:
             self._save(self._checkpoint(-1), "last")  # so that a run can be resumed from its first moment on
         last_epoch = self.first_epoch if self.stopped else self.phase.epochs
+        self.lines = EpochLines(self.phase.epochs, self.first_epoch, run.device)
+        if last_epoch > self.first_epoch:
+            LOGGER.info(self.lines.heading())
         for epoch in range(self.first_epoch, last_epoch):
             started = time.perf_counter()
             parts = self._train_epoch(epoch, warmup)
+            speed = len(run.train_set) / (time.perf_counter() - started)
             if self.quantized:
                 self.quantized.set_progress((epoch + 1) / self.phase.epochs)
             self.ema.update_attributes(self.model, ("yaml", "nc", "names"))
@@ -185,7 +190,7 @@ class Trainer:
             interval = self.options.bbox_interval
             pictured = last or (interval > 0 and (epoch + 1) % interval == 0)
             result = None if self.options.noval and not last else self._evaluate(epoch, plots=pictured)
-            stop = self._finish_epoch(epoch, parts, rates, result, time.perf_counter() - started)
+            stop = self._finish_epoch(epoch, parts, rates, result, speed)
             if (pictured or stop) and not self.options.noplots:
                 self.log.pictures(run.save_dir, epoch)
             if stop:
@@ -230,9 +235,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         since_step = 0
         label = f"{self.phase.name} {epoch + 1}/{self.phase.epochs}"
-        quiet = not (sys.stderr.isatty() and distributed.is_main())
-        bar = tqdm(run.train_loader, label, leave=False, disable=quiet)
-        for index, (images, targets, paths, _) in enumerate(bar):
+        for index, (images, targets, paths, _) in enumerate(progress(run.train_loader, label)):
             iteration = epoch * batches + index
             # A quantized phase has few epochs: with steps as coarse as those its last one would still run at a third or
             # a quarter of the first rate, and codes would flip until the end.
@@ -347,12 +350,11 @@ class Trainer:
         self.ema.update(self.model)
 
     def _finish_epoch(
-        self, epoch: int, parts: Tensor, rates: list[float], result: Evaluation | None, seconds: float
+        self, epoch: int, parts: Tensor, rates: list[float], result: Evaluation | None, speed: float
     ) -> bool:
-        """Logs and saves; returns whether to stop early."""
+        """Logs and saves; returns whether to stop early. ``speed``: images a second."""
         values = dict(zip(("train/box_loss", "train/obj_loss", "train/cls_loss"), parts.tolist(), strict=True))
         values |= {f"x/lr{i}": rate for i, rate in enumerate(rates)}
-        line = f"{self.phase.name} {epoch + 1:>3}/{self.phase.epochs}  loss {float(parts.sum()):.4f}"
         deployable = self.quantized.deployable if self.quantized else True
         stop = False
         if result is not None:
@@ -364,17 +366,16 @@ class Trainer:
             }
             values |= dict(zip(("val/box_loss", "val/obj_loss", "val/cls_loss"), result.losses, strict=True))
             values |= result.localisation
-            line += f"  P {result.precision:.3f}  R {result.recall:.3f}  mAP50 {result.map50:.4f}  mAP {result.map:.4f}"
-        line += f"  {len(self.run.train_set) / seconds:.0f} images/s with validation"
-        LOGGER.info(line + ("" if deployable else "  (normalised, not for export)"))
+        best = result is not None and deployable and result.fitness >= self.best_fitness
+        mark = BEST if best else "" if deployable else NORMALISED
+        LOGGER.info(self.lines.line(epoch, parts.tolist(), result, speed, mark))
+        LOGGER.debug("  " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
         if self.quantized:
             values |= self.quantized.end_epoch(float(self.largest_objectness), values) | self.quantized.mean_steps()
         self._check_weights(epoch)
         self._check_agreement(epoch)
         self.log.write(epoch, values)
-        best = False
         if result is not None and deployable:
-            best = result.fitness >= self.best_fitness
             self.best_fitness = max(self.best_fitness, result.fitness)
             self.stopped = stop = self.stopper.step(epoch, result.fitness)
         if not self.options.nosave or epoch + 1 >= self.phase.epochs or stop:
@@ -441,8 +442,9 @@ class Trainer:
         started = time.perf_counter()
         epochs = self.phase.epochs
         parts = self._train_epoch(epochs, idle)
+        speed = len(self.run.train_set) / (time.perf_counter() - started)
         result = self._evaluate(epochs, plots=True)
-        self._finish_epoch(epochs, parts, [rate] * 3, result, time.perf_counter() - started)
+        self._finish_epoch(epochs, parts, [rate] * 3, result, speed)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,12 @@
-"""How much memory a process can still take."""
+"""How much memory a process can still take, and has taken."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 # Of a control group, version 2 and 1: limit, use, and in memory.stat what of the use is given up on demand.
 GROUP_FILES = {
@@ -53,3 +56,18 @@ def _room(group: Path, limit: str, use: str, reclaimable: str) -> int | None:
         return left + int(statistics.get(reclaimable, 0))
     except (OSError, ValueError):  # not there, or "max": no limit
         return None
+
+
+def most_used_memory(device: torch.device) -> int | None:
+    """Bytes that this process has taken at most so far: on a GPU as PyTorch counts them, else of the machine's memory.
+
+    Loader processes are not counted. None where the system does not say.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024

@@ -14,6 +14,7 @@ from quant.gabfusion import GABFusion
 from quant.quantizer import Quantizer
 from quant.training import QuantizedTraining
 from utils.errors import UserError
+from utils.log import set_verbose
 
 
 def companion(model=None, recipe=None, **flags):
@@ -112,7 +113,11 @@ def test_each_term_reports_its_loss_and_its_gradient(capsys):
     training = companion(ada="kl", recipe=ALL)
     losses, features, raw = run(training, images(2))
     training.measure_ratios(sum(level.square().sum() for level in raw), losses, features)
-    values = training.end_epoch(0.9)
+    set_verbose(True)
+    try:
+        values = training.end_epoch(0.9)
+    finally:
+        set_verbose(False)
     out = capsys.readouterr().out
     for name in ("ada", "feature_mse", "channel_wise", "logits"):
         assert values[f"quant/{name}_loss"] > 0 and values[f"quant/{name}_gradient_ratio"] > 0
