@@ -22,6 +22,7 @@ from quant.fold import fold
 from quant.gabfusion import fusion_nodes
 from quant.norms import reestimate_norms
 from quant.prepare import model_from_checkpoint, prepare
+from quant.quantizer import Quantizer
 from training.run import Phase
 from training.trainer import Trainer
 from utils.checkpoint import load_checkpoint
@@ -181,7 +182,7 @@ def states(file: Path) -> dict:
 
 
 @pytest.mark.parametrize("phase", ["float", "quantized"])
-def test_interrupted_run_resumes_to_the_same_result(phase, cfg, data, tmp_path, monkeypatch):
+def test_interrupted_run_resumes_to_the_same_result(phase, cfg, data, tmp_path, monkeypatch, capsys):
     """Stopped after two epochs and resumed, a run ends bit-identical to one that was not stopped."""
     arguments = ["--cfg", cfg, "--data", data, "--quant", "lsq", "--bits", "4", "--gabfusion", "feedback", "--ada"]
     arguments += ["--float-epochs", "3", "--epochs", "3"]
@@ -201,7 +202,10 @@ def test_interrupted_run_resumes_to_the_same_result(phase, cfg, data, tmp_path, 
     monkeypatch.undo()
     name = "float_last.pt" if phase == "float" else "last.pt"
     stopped = tmp_path / "stopped"
+    monkeypatch.setattr(Quantizer, "_warned", False)
+    capsys.readouterr()
     train.main(train.parse_arguments(["--resume", str(stopped / "weights" / name)]))
+    assert "without a range" not in capsys.readouterr().out  # compiled kernels are tried on ranges that were loaded
     expected, actual = states(whole / "weights" / "last.pt"), states(stopped / "weights" / "last.pt")
     assert expected.keys() == actual.keys()
     assert [key for key in expected if not torch.equal(expected[key], actual[key])] == []
