@@ -218,13 +218,15 @@ def train_phases(run: Run, model: DetectionModel, resume: dict | None) -> None:
     if run.config.needs_teacher:
         teacher = load_teacher(options.teacher, run.names) if options.teacher else copy.deepcopy(model)
         teacher = teacher.to(run.device).eval().fuse().to(memory_format=torch.channels_last)
-    float_result = run.evaluate(model)
-    LOGGER.info(f"Float: mAP50 {float_result.map50:.4f}  mAP50-95 {float_result.map:.4f}")
+    rows = []
+    if run.validates_first:
+        float_result = run.evaluate(model)
+        LOGGER.info(f"Float: mAP50 {float_result.map50:.4f}  mAP50-95 {float_result.map:.4f}")
+        rows.append(("float", float_result, float_bytes(model)))
     quantized, calibrated = quantized_phase(run, model, teacher, resume if phase == "quantized" else None)
     final = calibrated if options.epochs == 0 else run.evaluate(quantized, plots=True)
     bits = run.config.bits_label()
     size = quantized_bytes(quantized)
-    rows = [("float", float_result, float_bytes(model))]
     if calibrated is not None:
         rows.append((f"{bits} calibrated only", calibrated, size))
     if options.epochs > 0:

@@ -16,12 +16,13 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +44,7 @@ from utils.labels import list_images  # noqa: E402
 from utils.log import LOGGER  # noqa: E402
 
 START = "start"  # suffix of the folder of a data set's float start
-RESULT, COUNTS = "result.json", "counts.npz"
+RESULT, COUNTS, LOG = "result.json", "counts.npz", "log.txt"
 
 
 # --- one training -----------------------------------------------------------------------------------------------------
@@ -177,24 +178,40 @@ def run_cell(cell: Cell, grid: Grid, output: Path) -> None:
 
 
 def run_all(file: Path, grid: Grid, output: Path, jobs: int) -> int:
-    """Runs what is missing, ``jobs`` trainings at a time, each in a process of its own; returns how many failed."""
+    """Runs what is missing, ``jobs`` trainings at a time; returns how many failed.
+
+    Each of ``jobs`` processes does one training after the other: starting Python and the device took longer than an
+    epoch.
+    """
     for name in {cell.data: None for cell in grid.cells}:  # before the rows, which would all train it
         float_start(name, grid, output)
-    threads = max((os.cpu_count() or 1) // jobs, 1)
-    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1)))
+    missing = [cell for cell in grid.cells if not (output / cell.name / RESULT).exists()]
+    failed = 0
+    with ProcessPoolExecutor(jobs, get_context("spawn"), os.chdir, (ROOT,)) as pool:
+        running = {pool.submit(run_logged, cell, grid, output): cell for cell in missing}
+        for future in as_completed(running):
+            cell = running[future]
+            failed += future.exception() is not None
+            outcome = f"FAILED, see {output / cell.name / LOG}" if future.exception() else "done"
+            LOGGER.info(f"{cell.name}: {outcome}")
+    return failed
 
-    def run_one(cell: Cell) -> bool:
-        if (output / cell.name / RESULT).exists():
-            return True
-        (output / cell.name).mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, __file__, str(file), "--output", str(output), "--only", cell.name]
-        with open(output / cell.name / "log.txt", "a", encoding="utf-8") as log:
-            code = subprocess.run(command, stdout=log, stderr=log, env=environment, cwd=ROOT).returncode
-        LOGGER.info(f"{cell.name}: " + ("done" if code == 0 else f"FAILED, see {log.name}"))
-        return code == 0
 
-    with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(run_one, grid.cells)).count(False)
+def run_logged(cell: Cell, grid: Grid, output: Path) -> None:
+    """``run_cell`` with everything that it prints in its folder's log."""
+    (output / cell.name).mkdir(parents=True, exist_ok=True)
+    with open(output / cell.name / LOG, "a", encoding="utf-8") as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+        try:
+            run_cell(cell, grid, output)
+        except (Exception, SystemExit) as error:
+            if isinstance(error, UserError):
+                LOGGER.error(f"ERROR: {error}")
+            else:
+                traceback.print_exc()
+            raise RuntimeError(cell.name) from None  # an error of any kind may not travel between processes
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -321,7 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--report", action="store_true", help="train nothing, write the tables of what is there")
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "results.md", help="file that gets the tables")
-    parser.add_argument("--only", default="", help="one training by its folder's name (what --jobs starts)")
+    parser.add_argument("--only", default="", help="one training by its folder's name")
     options = parser.parse_args(arguments)
     file = ROOT / "benchmarks" / "grids" / "quick.yaml" if options.quick else options.grid
     failed = 0

@@ -124,7 +124,7 @@ def best_checkpoint(run: Run, phase: Phase) -> dict:
     for name in ("best", "last"):
         file = run.weights_dir / f"{phase.prefix}{name}.pt"
         if file.exists():
-            if name == "last" and not run.options.noval:
+            if name == "last" and not (run.options.noval):
                 LOGGER.warning(f"WARNING: {run.weights_dir} has no {phase.prefix}best.pt; {file.name} takes its place")
             return load_checkpoint(file)
     raise UserError(
@@ -197,8 +197,9 @@ def quantized_phase(
         reported = report_layers(run, model, batches)
         LOGGER.debug(f"{format_report(reported[0])}\n{reported[1].describe()}")
         LOGGER.info(f"{costs(reported[1])}\nNoisiest layers: {noisiest(reported[0])}")
-        calibrated = run.evaluate(model)
-        LOGGER.info(f"Calibrated only: mAP50 {calibrated.map50:.4f}  mAP50-95 {calibrated.map:.4f}")
+        if run.validates_first:
+            calibrated = run.evaluate(model)
+            LOGGER.info(f"Calibrated only: mAP50 {calibrated.map50:.4f}  mAP50-95 {calibrated.map:.4f}")
     trainer = Trainer(run, phase, model, teacher, resume)
     if calibrated is not None:
         trainer.calibrated = [calibrated.map50, calibrated.map]

@@ -145,6 +145,11 @@ class Run:
             shown = progress(self.training_batches(images, epoch), "batch norms", batches)
             reestimate_norms(model, shown, self.frozen_prefixes)
 
+    @property
+    def validates_first(self) -> bool:
+        """Whether a quantized run measures its float and its calibrated network: ``--noval`` leaves the end only."""
+        return not self.options.noval or self.options.epochs == 0
+
     def make_loss(self, model: DetectionModel) -> DetectionLoss:
         """The detection loss for ``model`` with this run's gains."""
         detect = model.detect
