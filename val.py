@@ -505,8 +505,10 @@ def study(
     options: argparse.Namespace, spec: DatasetSpec, files: list[str | Path], device: torch.device
 ) -> list[Evaluation]:
     """Sweeps the image size; writes ``study_<data>_<weights>.txt`` with one row per size, and ``study.png``."""
+    folder = increment_path(Path(options.project) / options.name, options.exist_ok, make=True)
+    options.name, options.exist_ok = folder.name, True  # one folder for all sizes
     options.save_json, options.noplots = False, True
-    project, results, curves = Path(options.project), [], {}
+    results, curves = [], {}
     for file in files:
         rows = []
         for size in STUDY_SIZES:
@@ -514,12 +516,13 @@ def study(
             results.append(result)
             speed = [result.speed[key] for key in ("preprocess", "inference", "nms")]
             rows.append([size, result.precision, result.recall, result.map50, result.map, *speed])
-        curves[Path(file).stem] = np.array(rows)
-        name = f"study_{Path(options.data).stem}_{Path(file).stem}.txt"
+        label = Path(file).stem if Path(file).stem not in curves else f"{Path(file).stem}{len(curves) + 1}"
+        curves[label] = np.array(rows)
+        name = f"study_{Path(options.data).stem}_{label}.txt"
         header = "size precision recall mAP50 mAP50-95 preprocess_ms inference_ms nms_ms"
-        np.savetxt(project / name, rows, fmt="%10.4g", header=header)
-    plot_study(curves, project / "study.png")
-    LOGGER.info(f"Study saved to {project}")
+        np.savetxt(folder / name, rows, fmt="%10.4g", header=header)
+    plot_study(curves, folder / "study.png")
+    LOGGER.info(f"Study saved to {folder}")
     return results
 
 

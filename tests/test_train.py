@@ -377,6 +377,13 @@ def test_plain_float_training_and_its_files(cfg, data, tmp_path):
     assert all(len(name) == 20 for name in header) and header[13].strip() == "x/lr2"
 
 
+def test_one_checkpoint_where_no_more_are_wanted(cfg, data, tmp_path, capsys):
+    """The better epoch may have been the first, which was not kept: not a thing to warn of."""
+    folder = run(tmp_path, "one", "--cfg", cfg, "--data", data, "--epochs", "3", "--patience", "1", "--nosave")
+    kept = {p.name for p in (folder / "weights").iterdir()}
+    assert "last.pt" in kept and kept <= {"last.pt", "best.pt"} and "WARNING" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

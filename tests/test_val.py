@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -178,6 +179,21 @@ def test_command_line(weights, tiny_dataset, tmp_path, capsys):
     assert (tmp_path / "runs" / "exp2").is_dir()
 
 
+def test_a_study_measures_every_size_into_one_folder(weights, tiny_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(val, "STUDY_SIZES", (64, 96))
+    runs, folder = tmp_path / "runs", tmp_path / "runs" / "exp"
+    arguments = ["--weights", str(weights), str(weights), "--data", str(tiny_dataset), "--project", str(runs)]
+    arguments += ["--task", "study", "--device", "cpu", "--workers", "0", "--iou", "0.7"]
+    results = val.run(val.parse_options(arguments))
+    assert list(runs.iterdir()) == [folder]
+    tables, picture = sorted(folder.glob("*.txt")), cv2.imread(str(folder / "study.png"))
+    assert len(tables) == 2 and picture.std() > 1  # of two files with one name
+    for number, file in enumerate(tables):
+        rows, mine = np.loadtxt(file), results[2 * number : 2 * number + 2]
+        assert rows[:, 0].tolist() == [64, 96]
+        np.testing.assert_allclose(rows[:, 3:5], [(result.map50, result.map) for result in mine], rtol=1e-3)
+
+
 @pytest.mark.parametrize("flag", ["--imgsz", "--img", "--img-size"])
 def test_aliases_and_abbreviations(flag):
     options = val.parse_options([flag, "320", "--batch", "4", "--conf", "0.1", "--iou", "0.5", "--max", "9"])
@@ -204,7 +220,7 @@ def test_mistakes_are_one_line(weights, tiny_dataset, tmp_path, capsys):
 @pytest.mark.parametrize(("size", "map50", "map50_95"), [(320, 0.386, 0.238), (640, 0.491, 0.310)])
 def test_official_weights_measure_as_upstream(shared_data, tmp_path, size, map50, map50_95):
     arguments = ["--weights", str(shared_data / "weights" / "yolov5n.pt"), "--batch", "8", "--img", str(size)]
-    arguments += ["--data", str(shared_data / "coco-slice" / "coco-slice.yaml"), "--project", str(tmp_path)]
+    arguments += ["--data", str(shared_data / "coco-slice" / "coco-slice.yaml"), "--project", str(tmp_path / "runs")]
     result = val.run(val.parse_options([*arguments, "--noplots", "--device", "cpu"]))
     assert (result.map50, result.map) == pytest.approx((map50, map50_95), abs=0.002)
     if size == 640:

@@ -124,7 +124,7 @@ def best_checkpoint(run: Run, phase: Phase) -> dict:
     for name in ("best", "last"):
         file = run.weights_dir / f"{phase.prefix}{name}.pt"
         if file.exists():
-            if name == "last" and not (run.options.noval):
+            if name == "last" and not (run.options.noval or run.options.nosave):
                 LOGGER.warning(f"WARNING: {run.weights_dir} has no {phase.prefix}best.pt; {file.name} takes its place")
             return load_checkpoint(file)
     raise UserError(
