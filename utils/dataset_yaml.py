@@ -94,8 +94,9 @@ def load_dataset_yaml(path: str | Path) -> DatasetSpec:
     """Reads a data set YAML.
 
     A relative ``path`` is looked for beside the YAML, in the working directory, below the project's root and below
-    ``$YOLOv5_DATASETS_DIR``; ``.`` is the YAML's own folder. A generated data set's is below the project's root. Where
-    there is ``download``, the images need not be there yet: see ``prepare_dataset``.
+    ``$YOLOv5_DATASETS_DIR``; ``.`` is the YAML's own folder. Without ``path`` that folder is meant too or, where it
+    does not hold the images, the working directory or the project's root. A generated data set's ``path`` is below the
+    project's root. Where there is ``download``, the images need not be there yet: see ``prepare_dataset``.
 
     Raises:
         UserError: file or folders missing, keys missing or unknown, ``names`` and ``nc`` that do not fit.
@@ -112,8 +113,9 @@ def load_dataset_yaml(path: str | Path) -> DatasetSpec:
     defaults = content.get("defaults") or {}
     if not isinstance(defaults, Mapping) or not all(isinstance(key, str) for key in defaults):
         raise UserError(f"{file}: 'defaults' must be a mapping of option to value.")
+    roots = [root] if content.get("path") else [root, Path.cwd(), WORK]
     spec = DatasetSpec(
-        **{split: _resolve_split(content.get(split), split, root, file) for split in ("train", "val", "test")},
+        **{split: _resolve_split(content.get(split), split, roots, file) for split in ("train", "val", "test")},
         names=_read_names(content, file),
         path=root,
         yaml_file=file,
@@ -181,11 +183,17 @@ def _resolve_root(path: str, file: Path, generated: bool) -> Path:
     return Path(os.path.abspath(next((place for place in places if place.exists()), default)))
 
 
-def _resolve_split(value: Any, key: str, root: Path, file: Path) -> list[str]:
+def _resolve_split(value: Any, key: str, roots: list[Path], file: Path) -> list[str]:
+    """Absolute paths of a split: below the first root that holds it, else below the first."""
     values = value if isinstance(value, list) else [value] if value else []
     if not all(isinstance(item, str) and "\0" not in item for item in values):
         raise UserError(f"{file}: '{key}' must be a folder, a .txt list, or a list of those.")
-    return [os.path.abspath(root / item) for item in values]
+    found = []
+    for item in values:
+        # Exports of labelling services say ../train/images, meant for a YAML one folder deeper than where they put it.
+        places = [os.path.abspath(root / name) for name in (item, item.removeprefix("../")) for root in roots]
+        found.append(next((place for place in places if os.path.exists(place)), places[0]))
+    return found
 
 
 def _are_numbered(names: object) -> bool:

@@ -53,6 +53,22 @@ def test_where_a_relative_path_is_looked_for(write, tmp_path, monkeypatch):
     assert load_dataset_yaml(write(path="other", train="images", val="images")).path == tmp_path / "elsewhere/other"
 
 
+def test_without_a_path_as_labelling_services_and_old_yamls_are(write, tmp_path, monkeypatch):
+    """``../train/images`` beside the YAML, and ``../set/images`` as seen from where one works."""
+    for folder in ("service/train/images", "service/valid/images", "work/deeper", "set/images/train"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    file = write(path=None, train="../train/images", val=["../valid/images"]).rename(tmp_path / "service" / "data.yaml")
+    spec = load_dataset_yaml(file)
+    assert (spec.train, spec.val) == ([str(file.parent / "train/images")], [str(file.parent / "valid/images")])
+    monkeypatch.chdir(tmp_path / "work")
+    file = write(path=None, train="../set/images/train", val="../set/images/train").rename(
+        tmp_path / "work/deeper/a.yaml"
+    )
+    assert load_dataset_yaml(file).train == [str(tmp_path / "set/images/train")]
+    with pytest.raises(UserError, match=str(tmp_path / "work/other")):  # named where it is looked for first
+        load_dataset_yaml(write(path=None, train="../other", val="../other").rename(tmp_path / "work/deeper/a.yaml"))
+
+
 @pytest.mark.parametrize(
     "changes, reason",
     [
