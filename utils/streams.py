@@ -22,6 +22,7 @@ from utils.sources import Frame
 PROTOCOLS = ("rtsp", "rtmp", "http", "https", "tcp", "udp")
 ATTEMPTS = 3  # to open a stream again that has broken off
 PAUSE = 1.0  # seconds before each
+VIDEO_PAGES = ("youtube.com", "youtu.be")  # of which YOLOv5 finds the stream itself, with a package that is gone
 
 
 def is_stream(source: str) -> bool:
@@ -73,10 +74,12 @@ class Stream:
     """One camera or address, read until it ends.
 
     Raises:
-        UserError: it cannot be opened.
+        UserError: it cannot be opened, or is a page around a video.
     """
 
     def __init__(self, address: str, stride: int = 1) -> None:
+        if (urlsplit(address).hostname or "").endswith(VIDEO_PAGES):
+            raise UserError(f"--source {address}: a page, not a stream. Give what 'yt-dlp -g {address}' prints")
         self.address, self.stride, self.name = address, stride, stream_name(address)
         self.capture = self._open()
         if not self.capture.isOpened():
