@@ -82,7 +82,7 @@ def test_what_cannot_be_opened_is_refused(camera, tmp_path):
     camera.films.clear()
     with pytest.raises(UserError, match="cannot be opened"):
         Streams(camera.address)
-    with pytest.raises(UserError, match="a page, not a stream.*yt-dlp -g"):
+    with pytest.raises(UserError, match=r"a page, not a stream.*yt-dlp -g"):
         Streams("https://www.youtube.com/watch?v=x")
     with pytest.raises(UserError, match="must be 1 or more"):
         Streams(camera.address, 0)
