@@ -16,7 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from exporting.agreement import compare_on_data, table
@@ -24,34 +24,22 @@ from exporting.formats import FORMATS, choose_formats
 from exporting.onnx_files import OnnxPlan, OnnxWriter, write_verified
 from exporting.openvino_files import write_openvino
 from exporting.pictures import verification_images
+from exporting.record import ExportedFile, milliseconds_per_image, write_record
 from exporting.subject import Subject, read_subject
 from exporting.torchscript_files import write_torchscript
 from models.backend import OPENVINO_SUFFIX, is_exported
 from quant.onnx_graph import DEFAULT_OPSET
-from quant.verify import Reference, Verification, references
+from quant.verify import Reference, references
+from run_report.write import PAGE, write_files
 from utils.command import CommandParser, exit_code
 from utils.devices import select_device
 from utils.errors import UserError
-from utils.log import LOGGER
+from utils.log import LOGGER, set_verbose
 from utils.results import newest_weights
 from utils.suppression import Suppression
 
 STORAGE_SUFFIX = "_storage"
 LOWEST_OPSET = 12
-
-
-@dataclass
-class ExportedFile:
-    """A file (or folder) that was written, and how it compared with the network."""
-
-    path: Path
-    purpose: str
-    verification: Verification
-
-    @property
-    def megabytes(self) -> float:
-        files = [file for file in self.path.rglob("*") if file.is_file()] if self.path.is_dir() else [self.path]
-        return sum(file.stat().st_size for file in files) / 1e6
 
 
 # Flags of YOLOv5 that are not here -> what takes their place.
@@ -62,7 +50,6 @@ REPLACED = {
     "--per-tensor": "the recipe's weight.granularity: tensor",
     "--cache": "TensorRT engines are built from the ONNX file by trtexec",
     "--mlmodel": "Core ML files are made from the TorchScript file (coremltools)",
-    "--verbose": "of no use: it is TensorRT's log",
     "--workspace": "TensorRT engines are built from the ONNX file by trtexec",
     "--topk-per-class": "suppression in a graph has one limit for all classes",
 }
@@ -90,6 +77,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-det", "--topk-all", type=int, default=300, help="with --nms: rows of the output")
     parser.add_argument("--include", nargs="+", default=["onnx"], help=f"formats: {', '.join(FORMATS)}")
     parser.add_argument("--verify", default=None, metavar="DATA", help="dataset YAML: compare mAP and codes on it")
+    parser.add_argument("--verbose", action="store_true", help="say what was compared, file by file")
     return parser.parse_args(arguments)
 
 
@@ -144,9 +132,11 @@ def export_file(path: Path, formats: list[str], options: argparse.Namespace) -> 
     files = []
     for name in formats:
         for file in _WRITERS[name](writer, plan, expected):
-            compared = f"compared with the network on {len(images)} {source}"
-            LOGGER.info(f"{file.path}: {file.purpose}, {compared}:\n{file.verification.table()}")
+            file.milliseconds = milliseconds_per_image(file.path, subject.size)
+            LOGGER.info(f"{file.path.name}: {file.purpose}, {file.verification.summary()}")
+            LOGGER.debug(file.verification.table())
             files.append(file)
+    update_report(files, subject.size, f"{len(images)} {source}")
     data = options.verify or options.data or subject.weights.trained_with("data")
     report(subject, files, options, data, time.perf_counter() - start)
     if options.verify:
@@ -196,6 +186,16 @@ _WRITERS: dict[str, Callable[[OnnxWriter, OnnxPlan, list[Reference]], Iterator[E
 }
 
 
+def update_report(files: list[ExportedFile], size: tuple[int, int], pictures: str) -> None:
+    """Puts the files into the page about the run that their checkpoint belongs to, if it does to one."""
+    folder = files[0].path.resolve().parents[1]
+    if not (folder / "opt.yaml").is_file():
+        return
+    write_record(files, size, pictures)
+    if (folder / PAGE).is_file():
+        write_files(folder)
+
+
 def verify_on_data(subject: Subject, files: list[Path], data: str) -> None:
     """Prints how the files compare with the network on a data set.
 
@@ -218,7 +218,8 @@ def report(
     shape = "any batch and size" if options.dynamic else f"batch {options.batch_size}, {size[0]}x{size[1]}"
     LOGGER.info(f"Exported {subject.path} in {seconds:.1f} s ({shape}), every file verified:")
     for file in files:
-        LOGGER.info(f"  {file.megabytes:8.2f} MB  {file.path}  ({file.purpose})")
+        time_taken = f"{file.milliseconds:8.1f} ms"
+        LOGGER.info(f"{file.megabytes:8.2f} MB {time_taken} an image on the CPU  {file.path}  ({file.purpose})")
     first, checkpoint, data = (shlex.quote(str(word)) for word in (files[0].path, subject.path, data or "your.yaml"))
     square = "" if options.dynamic else " --square"
     if options.dynamic or size[0] == size[1]:
@@ -235,6 +236,7 @@ def report(
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     options = parse_options(arguments)
+    set_verbose(options.verbose)
     return exit_code("export.py", lambda: run(options))
 
 

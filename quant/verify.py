@@ -107,6 +107,16 @@ class Verification:
     def holds(self) -> bool:
         return not self.problems
 
+    def summary(self) -> str:
+        """The verdict in a few words."""
+        if self.problems:
+            return f"{len(self.problems)} problems"
+        if self.quantized and self.inside:
+            codes = self.quantizers.compared + self.layers.compared
+            flipped = self.quantizers.different + self.layers.different
+            return f"{codes:,} codes equal" + (f" but {flipped:,} at rounding boundaries" if flipped else "")
+        return f"outputs within {self.largest_difference if self.without_flip else self.largest_relative:.1g}"
+
     def table(self) -> str:
         """Returns a few readable lines."""
         lines = []

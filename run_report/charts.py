@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 460, 250  # units of the drawing; the page scales it
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 24, 40
 DASHES = ("", "7 4", "2 3", "9 3 2 3")  # lines differ in more than colour
+MOST_DOTS = 300  # of a line
 COLOURS = 7  # classes c0 to c6 of the style sheet
 
 
@@ -36,19 +37,26 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def line_chart(
-    title: str, lines: Sequence[Line], x_label: str, y_label: str, divider: tuple[float, str] | None = None
+    title: str,
+    lines: Sequence[Line],
+    x_label: str,
+    y_label: str,
+    divider: tuple[float, str] | None = None,
+    shown: Sequence[float] = (),
 ) -> str:
     """A figure with axes, grid and legend; every point shows its value when it is pointed at.
 
     Args:
         divider: x position of a vertical line, and what begins there.
+        shown: values that the y axis shows in any case: charts with the same ones can be compared, and next to nothing
+            looks like it.
     """
     lines = [Line(line.name, [p for p in line.points if math.isfinite(p[1])], line.style, line.dash) for line in lines]
     lines = [line for line in lines if line.points]
     if not lines:
         return ""
     xs = [x for line in lines for x, _ in line.points]
-    ys = [y for line in lines for _, y in line.points]
+    ys = [y for line in lines for _, y in line.points] + list(shown)
     low_x, high_x = min(xs), max(max(xs), min(xs) + 1)
     margin = (max(ys) - min(ys)) * 0.05 or abs(max(ys)) * 0.05 or 1.0
     low_y, high_y = min(ys) - margin, max(ys) + margin
@@ -60,32 +68,41 @@ def line_chart(
         return across, HEIGHT - BOTTOM - (y - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
-    for value in ticks(low_y, high_y):
-        y = place(low_x, value)[1]
+    parts += _axes(place, (low_x, high_x), (low_y, high_y), x_label, y_label)
+    if divider is not None and low_x < divider[0] < high_x:
+        x = place(divider[0], low_y)[0]
+        parts.append(f'<line class="divider" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{TOP - 10}" text-anchor="middle">{escape(divider[1])}</text>')
+    parts += [_drawn(line, [place(x, y) for x, y in line.points]) for line in lines]
+    parts.append("</svg>")
+    legend = "".join(_legend_entry(line) for line in lines) if len(lines) > 1 else ""
+    return f"<figure><figcaption>{escape(title)}</figcaption>{''.join(parts)}<div class=legend>{legend}</div></figure>"
+
+
+def _axes(
+    place: Callable[[float, float], tuple[float, float]],
+    xs: tuple[float, float],
+    ys: tuple[float, float],
+    x_label: str,
+    y_label: str,
+) -> list[str]:
+    """Grid, numbers and names of both axes; whole numbers only along x."""
+    parts = []
+    for value in ticks(*ys):
+        y = place(xs[0], value)[1]
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for value in ticks(low_x, high_x, 6):
+    for value in ticks(*xs, 6):
         if value == int(value):
-            x = place(value, low_y)[0]
+            x = place(value, ys[0])[0]
             parts.append(
                 f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:g}</text>'
             )
     parts.append(
         f'<text class="label" x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>'
     )
-    middle = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(
-        f'<text class="label" x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">'
-        f"{escape(y_label)}</text>"
-    )
-    if divider is not None and low_x < divider[0] < high_x:
-        x = place(divider[0], low_y)[0]
-        parts.append(f'<line class="divider" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        parts.append(f'<text class="tick" x="{x + 4:.1f}" y="{TOP + 10}">{escape(divider[1])}</text>')
-    parts += [_drawn(line, [place(x, y) for x, y in line.points]) for line in lines]
-    parts.append("</svg>")
-    legend = "".join(_legend_entry(line) for line in lines) if len(lines) > 1 else ""
-    return f"<figure><figcaption>{escape(title)}</figcaption>{''.join(parts)}<div class=legend>{legend}</div></figure>"
+    parts.append(f'<text class="label" x="4" y="{TOP - 10}">{escape(y_label)}</text>')  # beside no tick, however long
+    return parts
 
 
 def _drawn(line: Line, places: list[tuple[float, float]]) -> str:
@@ -94,7 +111,8 @@ def _drawn(line: Line, places: list[tuple[float, float]]) -> str:
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     drawn = f'<polyline class="{colour}" points="{path}"' + (f' stroke-dasharray="{dash}"/>' if dash else "/>")
     radius = 3 if len(places) <= 40 else 1.5
-    for (x, y), (at, value) in zip(places, line.points, strict=True):
+    every = math.ceil(len(places) / MOST_DOTS)
+    for (x, y), (at, value) in list(zip(places, line.points, strict=True))[::every]:
         hint = f"{escape(line.name)}, {at:g}: {value:.4g}"
         drawn += f'<circle class="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{hint}</title></circle>'
     return drawn

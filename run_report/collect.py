@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from exporting.record import read_record
 from utils.errors import UserError
 from utils.run_log import read_results
 
@@ -28,6 +29,7 @@ class RunFiles:
         layers: rows of layers.csv as text; the last two are the totals, quantized and float.
         accuracy: (name, mAP50, mAP50-95, bytes) from the float network to the final one; bytes 0 where unknown.
         files: (path relative to the folder, bytes) of weights and exported files.
+        exports: what ``export.py`` noted about the files it wrote (``exporting.record``).
     """
 
     folder: Path
@@ -39,6 +41,7 @@ class RunFiles:
     layers: list[dict[str, str]] = field(default_factory=list)
     accuracy: list[tuple[str, float, float, int]] = field(default_factory=list)
     files: list[tuple[str, int]] = field(default_factory=list)
+    exports: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -94,6 +97,7 @@ def read_run(folder: str | Path) -> RunFiles:
     weights = sorted((folder / "weights").rglob("*")) if (folder / "weights").is_dir() else []
     kept = [path for path in weights if path.is_file() and path.suffix in (".pt", ".onnx", ".bin", ".torchscript")]
     run.files = [(str(path.relative_to(folder)), path.stat().st_size) for path in kept]
+    run.exports = read_record(folder / "weights")
     return run
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -13,8 +14,9 @@ import yaml
 
 from run_report.charts import Line, line_chart
 from run_report.collect import MAP, MAP50, RunFiles
-from run_report.pictures import Comparison
+from run_report.pictures import Attention, Comparison
 
+FILES_BEGIN, FILES_END = "<!-- files -->", "<!-- end of files -->"
 TEMPLATE = Path(__file__).with_name("page.html")
 # Column of layers.csv -> heading, digits.
 LAYER_COLUMNS = {
@@ -34,25 +36,32 @@ LAYER_COLUMNS = {
 FACTORS = {"weight_clipped": 100, "input_clipped": 100, "bops": 1e-6}
 
 
-def html_table(heads: Sequence[str], rows: Iterable[Sequence[str]], sortable: bool = False) -> str:
-    """A table of plain texts, all escaped."""
+def html_table(
+    heads: Sequence[str], rows: Iterable[Sequence[str]], sortable: bool = False, totals: Iterable[Sequence[str]] = ()
+) -> str:
+    """A table of plain texts, all escaped; ``totals`` stay at its end when it is sorted."""
     head = "".join(f"<th>{escape(text)}</th>" for text in heads)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    kind = ' class="sortable"' if sortable else ""
-    return f"<div class=scroll><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    body, foot = (
+        "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in group)
+        for group in (rows, totals)
+    )
+    kind, foot = ' class="sortable"' if sortable else "", f"<tfoot>{foot}</tfoot>" if foot else ""
+    return f"<div class=scroll><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody>{foot}</table></div>"
 
 
 def section(title: str, content: str, note: str = "") -> str:
     """A heading with its content; nothing where there is no content. ``content`` is HTML, the others are text."""
     if not content:
         return ""
-    return f"<h2>{escape(title)}</h2>" + (f'<p class="soft">{escape(note)}</p>' if note else "") + content
+    place = "-".join(re.findall(r"[a-z]+", title.lower()))
+    return f'<h2 id="{place}">{escape(title)}</h2>' + (f'<p class="soft">{escape(note)}</p>' if note else "") + content
 
 
 def fill(title: str, subtitle: str, parts: Iterable[str]) -> str:
     """The page; ``parts`` are HTML."""
-    template = Template(TEMPLATE.read_text(encoding="utf-8"))
-    return template.substitute(title=escape(title), subtitle=escape(subtitle), body="\n".join(parts))
+    template, body = Template(TEMPLATE.read_text(encoding="utf-8")), "\n".join(parts)
+    links = " ".join(f'<a href="#{place}">{name}</a>' for place, name in re.findall(r'<h2 id="([^"]+)">([^<]+)', body))
+    return template.substitute(title=escape(title), subtitle=escape(subtitle), links=links, body=body)
 
 
 # --- parts of a page --------------------------------------------------------------------------------------------------
@@ -92,7 +101,7 @@ def curves_part(run: RunFiles) -> str:
         return [(number, row[column]) for number, row in epochs if column in row]
 
     accuracy = [Line("mAP50", points(MAP50)), Line("mAP50-95", points(MAP), 1, 1)]
-    charts = [line_chart("Accuracy on the validation split", accuracy, "epoch", "AP", divider)]
+    charts = [line_chart("Accuracy on the validation split", accuracy, "epoch", "AP, 0 to 1", divider, (0.0,))]
     for key, name in (("box", "Box loss"), ("obj", "Objectness loss"), ("cls", "Class loss")):
         lines = [Line("training", points(f"train/{key}_loss")), Line("validation", points(f"val/{key}_loss"), 1, 1)]
         charts.append(line_chart(name, lines, "epoch", "loss", divider))
@@ -101,7 +110,7 @@ def curves_part(run: RunFiles) -> str:
         Line(column.removeprefix("quant/").removesuffix("_gradient_ratio"), points(column), index, index)
         for index, column in enumerate(distilled)
     ]
-    charts.append(line_chart("Distillation: its gradient over the task's", lines, "epoch", "ratio", divider))
+    charts.append(line_chart("Distillation: its gradient over the task's", lines, "epoch", "ratio", divider, (0.0,)))
     return section("Training", wrap_charts(charts))
 
 
@@ -112,86 +121,137 @@ def wrap_charts(charts: Iterable[str]) -> str:
 
 
 def fusion_part(run: RunFiles) -> str:
-    """Branch factors and gradient norms of each fusion node over the quantized epochs."""
+    """Branch factors and gradient norms of each fusion node over the quantized epochs, all nodes on one scale."""
     charts = []
-    for node, branches in run.nodes.items():
-        for value, title, axis in (
-            ("factor", "branch factor K alpha", "factor"),
-            ("gradient", "gradient norm", "norm"),
-        ):
-            lines = [
-                Line(f"branch {i}", [(epoch, row[f"{node}/{value}{i}"]) for epoch, row in enumerate(run.rows, 1)
-                                     if f"{node}/{value}{i}" in row], i, i)
-                for i in range(branches)
-            ]  # fmt: skip
-            charts.append(line_chart(f"{node.removesuffix('.balance')}: {title}", lines, "quantized epoch", axis))
-    note = "Branch 0 is the first input of the Concat, usually the deep one. A factor of 1 is plain concatenation."
-    return section("GABFusion: what each fusion node learned", wrap_charts(charts), note)
+    for value, title, unit, least in (
+        ("factor", "branch factor K alpha", "factor, 1: plain concatenation", (0.9, 1.1)),
+        ("gradient", "gradient norm of each branch", "norm", (0.0,)),
+    ):
+        lines = {
+            node: [
+                Line(f"branch {i}", _over_epochs(run.rows, f"{node}/{value}{i}"), i, i) for i in range(branches)
+            ]
+            for node, branches in run.nodes.items()
+        }  # fmt: skip
+        values = [y for found in lines.values() for line in found for _, y in line.points]
+        shown = (*least, *((min(values), max(values)) if values else ()))
+        charts += [
+            line_chart(f"{node.removesuffix('.balance')}: {title}", found, "quantized epoch", unit, shown=shown)
+            for node, found in lines.items()
+        ]
+    strength = [Line("strength", _over_epochs(run.rows, "quant/strength"))]
+    charts.append(
+        line_chart("Strength of the normalisation", strength, "quantized epoch", "0 to 1", shown=(0.0, 1.0))
+    )  # fmt: skip
+    note = (
+        "Branch 0 is the first input of the Concat, usually the deep one. Gradients are balanced where the norms of a "
+        "node's branches are equal. Only epochs in which the normalisation has ended may become best.pt."
+    )
+    return section("GABFusion: what each fusion node learned", wrap_charts(charts) if run.nodes else "", note)
+
+
+def _over_epochs(rows: Sequence[dict[str, float]], column: str) -> list[tuple[float, float]]:
+    return [(epoch, row[column]) for epoch, row in enumerate(rows, 1) if column in row]
 
 
 def layers_part(run: RunFiles) -> str:
     """Every quantized convolution; a click on a heading sorts."""
-    rows = []
+    rows, sums = [], []
     for layer in run.layers:
-        if layer["name"] in ("total", "float"):
-            continue
         cells = []
         for column, (_, digits) in LAYER_COLUMNS.items():
             text = layer.get(column) or ""
             if digits is not None and text:
                 text = f"{float(text) * FACTORS.get(column, 1):.{digits}f}"
             cells.append(text)
-        rows.append(cells)
+        (sums if layer["name"] in ("total", "float") else rows).append(cells)
     note = (
-        "Signal-to-noise ratios compare with the float values: low ones lose most. BOPs are multiply-accumulates times "
-        "weight bits times input bits, for one image."
+        "Click a heading to sort. Signal-to-noise ratios (SQNR) compare with the float values: low ones lose most. "
+        "BOPs are multiply-accumulates times weight bits times input bits, for one image. The last rows are the sums, "
+        "quantized and float."
     )
     heads = [head for head, _ in LAYER_COLUMNS.values()]
-    return section("Layers", html_table(heads, rows, sortable=True) if rows else "", note)
+    table = f'<div class="tall">{html_table(heads, rows, True, sums)}</div>' if rows else ""
+    return section("Layers", table, note)
 
 
 def pictures_part(shown: Sequence[Comparison], totals: dict[str, int]) -> str:
     """Float on the left, quantized on the right."""
-    if not shown:
-        return ""
     pairs = []
     for item in shown:
         marks = f'<span class="lost">{item.lost} lost</span>, <span class="gained">{item.gained} gained</span>'
-        caption = f"{escape(item.name)}: {marks}, {item.extra} quantized boxes on no object"
+        extra = f"boxes on no object: {item.float_extra} float, {item.extra} quantized"
         images = f'<img src="{item.float_picture}" alt="float"> <img src="{item.quantized_picture}" alt="quantized">'
-        pairs.append(f'<figure class="pair">{images}<figcaption>{caption}</figcaption></figure>')
+        caption = f"<figcaption>{escape(item.name)}: {marks}; {extra}</figcaption>"
+        pairs.append(f'<figure class="pair">{images}{caption}</figure>')
     note = (
         f"Of {totals['objects']} objects in {totals['images']} validation images both networks find {totals['both']}, "
         f"only the float one {totals['lost']} (lost), only the quantized one {totals['gained']} (gained): confidence "
-        "from 0.25, overlap from 0.5, right class. Below are the images that differ most, float left, quantized right."
+        "from 0.25, overlap from 0.5, right class. "
     )
+    if shown:
+        note += (
+            "Below are the images that differ most, float left, quantized right. Wide boxes: found by this network "
+            "alone; thin coloured ones: where the other one alone found something; pale ones: all other detections."
+        )
+    else:
+        note += "On every object the two agree, so no image is shown."
     return section("What quantization changed", f'<div class="pairs">{"".join(pairs)}</div>', note)
 
 
-def attention_part(rows: Sequence[tuple[str, list[tuple[str, str]]]]) -> str:
-    """SimAM maps, teacher beside student."""
+def attention_part(found: Sequence[Attention]) -> str:
+    """SimAM maps, teacher above student, a layer a column."""
     drawn = ""
-    for name, pictures in rows:
-        figures = "".join(
-            f'<figure><img src="{uri}" alt="{escape(text)}"><figcaption>{escape(text)}</figcaption></figure>'
-            for text, uri in pictures
-        )
-        drawn += f'<p class="soft">{escape(name)}</p><div class="maps">{figures}</div>'
+    for item in found:
+        cells = f'<img class="seen" src="{item.picture}" alt="image">'
+        for who, pictures in (("teacher", item.teacher), ("student", item.student)):
+            for layer, picture in zip(item.layers, pictures, strict=True):
+                text = f"layer {layer}, {who}"
+                cells += (
+                    f'<figure><img src="{picture}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+                )  # fmt: skip
+        maps = f'<div class="maps" style="--layers: {len(item.layers)}">{cells}</div>'
+        drawn += f'<div><p class="soft">{escape(item.name)}</p>{maps}</div>'
     note = (
-        "SimAM energy, mean over channels, of the layers that feed Detect; teacher and student of a layer on one scale."
+        "SimAM energy, mean over channels, of the layers that feed Detect: bright is high. Teacher above, student "
+        "below, both of a layer on one scale."
     )
+    drawn = f'<div class="pairs">{drawn}</div>' if drawn else ""
     return section("Attention maps of float teacher and quantized student", drawn, note)
 
 
 def files_part(run: RunFiles) -> str:
-    """Weights and exported files with their sizes."""
-    rows = [(name, f"{size / 1e6:.2f}") for name, size in run.files]
-    return section("Files", html_table(("file", "MB"), rows) if rows else "")
+    """Exported files with size, verification and speed, and the other weights with their sizes.
+
+    It stands between marks, so that ``export.py`` can put its files into a page that is there.
+    """
+    exported = [
+        (entry["file"], entry["purpose"], f"{entry['bytes'] / 1e6:.2f}", f"{entry['milliseconds']:.1f}",
+         f"{entry['width']} x {entry['height']}", str(entry["threads"]), entry["verification"])
+        for entry in run.exports
+    ]  # fmt: skip
+    heads = ("exported file", "what it is", "MB", "ms an image", "pixels", "CPU threads", "compared with the network")
+    table = f'<div class="files">{html_table(heads, exported)}</div>' if exported else ""
+    names = {entry["file"] for entry in run.exports}
+    others = [(name, f"{size / 1e6:.2f}") for name, size in run.files if not names & set(Path(name).parts)]
+    table += html_table(("weights", "MB"), others) if others else ""
+    note = "Times are of one image in the file's own runtime when it was exported, without suppression of boxes."
+    if not exported:
+        note = "Nothing has been exported yet: python export.py does, and adds size, verification and speed here."
+    return FILES_BEGIN + section("Files", table, note) + FILES_END
 
 
 def command_of(options: dict[str, Any], defaults: dict[str, Any]) -> str:
     """The command that repeats a run: every option that differs from its default."""
     internal = {"cfg_given", "float_phase_asked", "needs_float", "stride", "resume", "project", "name", "exist_ok"}
+    internal |= {"verbose", "evolve"}
+    # What filled gaps must not become a wish: with weights, a network of its own, or a float phase that was not needed.
+    if options.get("weights") and not options.get("cfg_given", True):
+        internal.add("cfg")
+    if not (options.get("needs_float", True) or options.get("float_phase_asked", True)):
+        internal.add("float_epochs")
+    if not (options.get("quant") or options.get("recipe")):
+        internal.add("float_epochs")
     words = ["python", "train.py"]
     for key, value in options.items():
         if key in internal or key not in defaults or value == defaults[key] or value is None or value is False:

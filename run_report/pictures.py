@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,21 +27,34 @@ LOOKED_AT = 64  # validation images from which those that differ most are chosen
 SHOWN = 6
 CONFIDENCE, OVERLAP = 0.25, 0.5
 # Okabe and Ito's colours, which the colour-blind can tell apart, as BGR; line widths differ as well.
-BOTH, LOST, GAINED, LABEL = (150, 150, 150), (0, 94, 213), (178, 114, 0), (115, 158, 0)
+COLOURS = {"lost": (0, 94, 213), "gained": (178, 114, 0)}
+PALE, BLACK = (235, 235, 235), (0, 0, 0)
 SIDE = 420  # pixels of a picture's longer side at least: small images are enlarged so that captions can be read
 JPEG_QUALITY = 82
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One image under both networks. ``lost`` and ``gained`` count labelled objects, ``extra`` boxes on none."""
+    """One image under both networks; ``lost`` and ``gained`` count labelled objects, ``extra`` boxes on none."""
 
     name: str
     float_picture: str
     quantized_picture: str
     lost: int
     gained: int
+    float_extra: int
     extra: int
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention maps of one image as pictures, a layer each."""
+
+    name: str
+    picture: str
+    layers: Sequence[int]
+    teacher: list[str]
+    student: list[str]
 
 
 def data_uri(image: np.ndarray) -> str:
@@ -105,32 +119,39 @@ def compare(run: RunFiles, dataset: DetectionDataset, names: dict[int, str]) -> 
         lost, gained = before & ~after, after & ~before
         for key, value in (("both", before & after), ("lost", lost), ("gained", gained)):
             totals[key] += int(value.sum())
-        scored.append((int(lost.sum() + gained.sum()), -index, lost, gained))
+        if changed := int(lost.sum() + gained.sum()):
+            scored.append((changed, -index, lost, gained))
     shown = []
     for _, minus_index, lost, gained in sorted(scored, key=lambda row: row[:2], reverse=True)[:SHOWN]:
         index = -minus_index
         picture = (images[index].permute(1, 2, 0).numpy()[..., ::-1] * 255).round().astype(np.uint8)
-        before = draw(picture, theirs[index], labels[index], lost, LOST, "lost", names)
-        after = draw(picture, ours[index], labels[index], gained, GAINED, "gained", names)
-        extra = int((~found_labels(ours[index], labels[index])[0]).sum())
-        shown.append(Comparison(files[index], before, after, int(lost.sum()), int(gained.sum()), extra))
+        marks = {"lost": labels[index][lost], "gained": labels[index][gained]}
+        before = draw(picture, theirs[index], marks, "lost", names)
+        after = draw(picture, ours[index], marks, "gained", names)
+        extra = [int((~found_labels(found[index], labels[index])[0]).sum()) for found in (theirs, ours)]
+        shown.append(Comparison(files[index], before, after, int(lost.sum()), int(gained.sum()), *extra))
     return shown, totals
 
 
-def draw(
-    picture: np.ndarray, detections: Tensor, labels: Tensor, marked: Tensor, colour: tuple, word: str, names: dict
-) -> str:
-    """The picture with its detections: thin and grey, wide and coloured where they lie on a ``marked`` object."""
+def draw(picture: np.ndarray, detections: Tensor, marks: dict[str, Tensor], found: str, names: dict) -> str:
+    """The picture with its detections: thin and pale, wide and coloured where this network alone found the object.
+
+    Args:
+        marks: "lost" and "gained" -> the labels (m, 5) of such objects.
+        found: which of these this network found; the others get a thin coloured box where they are.
+    """
     factor = max(SIDE / max(picture.shape[:2]), 1.0)
     size = (round(picture.shape[1] * factor), round(picture.shape[0] * factor))
     canvas = cv2.resize(picture, size, interpolation=cv2.INTER_LINEAR)
-    for row in labels[marked] if word == "gained" else labels[:0]:
-        _rectangle(canvas, row[1:] * factor, LABEL, 1)
-    on_marked = found_labels(detections, labels[marked])[0]
+    missed = "gained" if found == "lost" else "lost"
+    for row in marks[missed]:
+        _rectangle(canvas, row[1:] * factor, COLOURS[missed], 1)
+    on_marked, colour = found_labels(detections, marks[found])[0], COLOURS[found]
     for detection, special in sorted(zip(detections, on_marked, strict=True), key=lambda pair: bool(pair[1])):
-        _rectangle(canvas, detection[:4] * factor, colour if special else BOTH, 3 if special else 1)
+        _rectangle(canvas, detection[:4] * factor, BLACK, 4 if special else 3)  # seen on any ground
+        _rectangle(canvas, detection[:4] * factor, colour if special else PALE, 3 if special else 1)
         if special:
-            caption = f"{word}: {label_name(names, int(detection[5]))} {float(detection[4]):.2f}"
+            caption = f"{found}: {label_name(names, int(detection[5]))} {float(detection[4]):.2f}"
             _caption(canvas, caption, detection[:2] * factor, colour)
     return data_uri(canvas)
 
@@ -151,15 +172,9 @@ def _caption(canvas: np.ndarray, text: str, corner: Tensor, colour: tuple) -> No
 
 
 @torch.inference_mode()
-def attention_maps(
-    run: RunFiles, dataset: DetectionDataset, images: int = 2
-) -> list[tuple[str, list[tuple[str, str]]]]:
-    """SimAM's attention (mean over channels) of teacher and student at the layers that feed Detect.
-
-    Returns:
-        For each image its name and pictures with captions: the image, then layer by layer teacher and student, both
-        on one scale.
-    """
+def attention_maps(run: RunFiles, dataset: DetectionDataset, images: int = 3) -> list[Attention]:
+    """SimAM's attention (mean over channels) of teacher and student at the layers that feed Detect, both of a layer on
+    one scale."""
     networks: list[DetectionModel] = [load_network(file)[0].eval() for file in (run.float_weights, run.best_weights)]
     pixels, _, names = pick(dataset, images)
     layers = networks[0].feature_layers
@@ -169,15 +184,15 @@ def attention_maps(
     found = []
     for index, name in enumerate(names):
         picture = (pixels[index].permute(1, 2, 0).numpy()[..., ::-1] * 255).round().astype(np.uint8)
-        row = [("image", data_uri(_fitted(picture, cv2.INTER_AREA)))]
+        item = Attention(name, data_uri(_fitted(picture, cv2.INTER_AREA)), layers, [], [])
         for layer in layers:
             maps = [simam_energy(feature[layer][index]).mean(0).numpy() for feature in features]
             low, high = min(m.min() for m in maps), max(m.max() for m in maps)
-            for who, energy in zip(("teacher", "student"), maps, strict=True):
+            for kept, energy in zip((item.teacher, item.student), maps, strict=True):
                 levels = ((energy - low) / max(high - low, 1e-9) * 255).round().astype(np.uint8)
                 coloured = cv2.applyColorMap(_fitted(levels, cv2.INTER_NEAREST), cv2.COLORMAP_VIRIDIS)
-                row.append((f"layer {layer}, {who}", data_uri(coloured)))
-        found.append((name, row))
+                kept.append(data_uri(coloured))
+        found.append(item)
     return found
 
 

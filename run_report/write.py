@@ -14,6 +14,8 @@ from utils.errors import UserError
 from utils.log import LOGGER
 from utils.paths import written_at_once
 
+PAGE = "report.html"
+
 
 def write_report(folder: str | Path, output: Path | None = None, pictures: bool = True) -> Path:
     """Writes ``report.html`` of the run in ``folder``; returns its path.
@@ -34,7 +36,16 @@ def write_report(folder: str | Path, output: Path | None = None, pictures: bool 
     method = run.quantization.get("method", "float")
     bits = (run.quantization.get("weight") or {}).get("bits")
     subtitle = f"{method}{f', {bits}-bit weights' if bits else ''}, data {run.options.get('data', 'unknown')}"
-    return _write(output or run.folder / "report.html", page.fill(str(run.folder), subtitle, parts))
+    return _write(output or run.folder / PAGE, page.fill(str(run.folder), subtitle, parts))
+
+
+def write_files(folder: Path) -> None:
+    """Brings the part about exported files in a run's page up to date; no network is run."""
+    file = folder / PAGE
+    before, begin, rest = file.read_text(encoding="utf-8").partition(page.FILES_BEGIN)
+    _, end, after = rest.partition(page.FILES_END)
+    if begin and end:  # else of an older version, which python -m run_report writes anew
+        _write(file, before + page.files_part(read_run(folder)) + after)
 
 
 def _pictures(run: RunFiles) -> list[str]:

@@ -23,6 +23,7 @@ PROBE = """(() => {
   const images = [...document.images];
   return {before, rising, falling, themes, title: document.title, pictures: images.length,
     loaded: images.filter(image => image.naturalWidth > 0).length,
+    foot: table.tFoot.rows.length, sorted: [...body.rows].length === before.length,
     wider: document.documentElement.scrollWidth > document.documentElement.clientWidth};
 })()"""
 errors = []

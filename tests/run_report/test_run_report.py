@@ -1,5 +1,6 @@
 """The page about a run: what is read, what is drawn, what differs, and that a browser shows it without an error."""
 
+import base64
 import json
 import re
 import shlex
@@ -8,11 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 import yaml
 from small_detector import SMALL
 
+import export
 import train
 from data.shapes import CLASSES, Drawing, draw_shapes
 from run_report import charts, collect, page, pictures
@@ -77,14 +81,16 @@ def test_the_page_has_every_part_and_needs_nothing_else(html, run):
         "Layers",
         "Files",
     ):
-        assert f"<h2>{heading}" in html
+        assert re.search(f'<h2 id="[a-z-]+">{heading}', html)
     assert "<b>" not in html.split("<h1>")[1].split("</h1>")[0]  # the folder's name is text
-    assert not re.search(r"""(src|href)=["'](?!data:)""", html) and "http" not in html.split("<body>")[1]
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", html) and "http" not in html.split("<body>")[1]
     assert len(html) < 5e6
     summary = json.loads((run / "summary.json").read_text())["rows"]
     assert [row["name"] for row in summary] == ["float", "w4a4 calibrated only", "w4a4 trained (lsq)"]
     for row in summary:
         assert f"<td>{row['name']}</td><td>{100 * row['mAP50']:.2f}</td>" in html
+    links = re.findall(r'href="#([^"]+)"', html)
+    assert len(links) == html.count("<h2") == len(set(links)) and all(f'id="{link}"' in html for link in links)
     assert html.count("<td>model.") == sum(line.startswith("model.") for line in (run / "layers.csv").open())
 
 
@@ -115,7 +121,7 @@ def test_an_older_run_shows_its_best_epochs(run, tmp_path):
     found = collect.read_run(folder)
     assert [row[0] for row in found.accuracy] == ["float, best epoch", "best epoch"]
     text = write_report(folder).read_text(encoding="utf-8")
-    assert "<h2>Training" in text and "<h2>Layers" not in text and "<h2>Attention" not in text
+    assert ">Training</h2>" in text and ">Layers</h2>" not in text and ">Attention" not in text
 
 
 def test_runs_side_by_side_show_where_they_differ(run, tmp_path):
@@ -159,7 +165,59 @@ def test_missing_data_costs_the_pictures_only(run, tmp_path):
     options = yaml.safe_load((folder / "opt.yaml").read_text()) | {"data": str(tmp_path / "gone.yaml")}
     (folder / "opt.yaml").write_text(yaml.safe_dump(options))
     text = write_report(folder).read_text(encoding="utf-8")
-    assert "Pictures are missing" in text and "<h2>Layers" in text
+    assert "Pictures are missing" in text and ">Layers</h2>" in text
+
+
+def test_an_exported_file_appears_in_the_page_that_is_there(run, tmp_path):
+    folder = tmp_path / "exported"
+    shutil.copytree(run, folder)
+    write_report(folder, pictures=False)
+    before = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Nothing has been exported yet" in before
+    weights = str(folder / "weights" / "best.pt")
+    assert export.main(["--weights", weights, "--img", "64", "--include", "onnx", "torchscript"]) == 0
+    after = (folder / "report.html").read_text(encoding="utf-8")
+    assert before.partition("<!-- files")[0] == after.partition("<!-- files")[0]
+    assert before.partition("<!-- end of files")[2] == after.partition("<!-- end of files")[2]
+    rows = re.findall(r"<tr><td>(best[^<]*)</td>(.*?)</tr>", after)
+    assert [name for name, _ in rows] == ["best.onnx", "best_storage.onnx", "best.torchscript"]
+    for name, cells in rows:
+        _, megabytes, milliseconds, pixels, _, verification = re.findall("<td>([^<]*)</td>", cells)
+        size = (folder / "weights" / name).stat().st_size
+        assert float(megabytes) == pytest.approx(size / 1e6, abs=0.005) and pixels == "64 x 64"
+        assert 0 < float(milliseconds) < 1000
+        assert re.match("[0-9,]+ codes equal|outputs within", verification) and "of set.yaml" in verification
+    (folder / "weights" / "best.onnx").unlink()
+    assert "<td>best.onnx</td>" not in write_report(folder, pictures=False).read_text(encoding="utf-8")
+
+
+def test_what_filled_gaps_is_no_wish_in_the_command():
+    """--cfg would replace the network of --weights, and --float-epochs ask for a float phase."""
+    defaults = vars(train.parse_arguments([]))
+    options = defaults | {"weights": "yolov5n.pt", "quant": "lsq", "cfg": "yolov5s.yaml", "float_epochs": 100}
+    guessed = {"cfg_given": False, "float_phase_asked": False, "needs_float": False}
+    assert page.command_of(options | guessed, defaults) == "python train.py --weights yolov5n.pt --quant lsq"
+    asked = {"cfg_given": True, "float_phase_asked": True, "needs_float": True}
+    command = page.command_of(options | asked, defaults)
+    assert "--cfg yolov5s.yaml" in command and "--float-epochs 100" in command
+
+
+def test_pictures_mark_what_one_network_alone_found():
+    grey = np.full((420, 420, 3), 100, np.uint8)
+    label = torch.tensor([[0, 100, 100, 300, 300.0]])
+    marks = {"lost": label, "gained": label[:0]}
+    detection = torch.tensor([[100, 100, 300, 300, 0.9, 0.0]])
+    before, after = (
+        cv2.imdecode(np.frombuffer(base64.b64decode(uri.partition(",")[2]), np.uint8), cv2.IMREAD_COLOR)
+        for uri in (
+            pictures.draw(grey, detection, marks, "lost", {0: "cat"}),
+            pictures.draw(grey, detection[:0], marks, "gained", {0: "cat"}),
+        )
+    )
+    orange = np.array(pictures.COLOURS["lost"])
+    close = [np.abs(image[300, 150:250].astype(int) - orange).mean() for image in (before, after)]
+    assert close[0] < close[1] < 70  # wide where it was found, thin where it is missed
+    assert np.abs(before[90, 110].astype(int) - orange).max() < 60  # the caption's ground
 
 
 def test_settings_that_need_no_value_are_flags():
@@ -183,5 +241,6 @@ def test_a_browser_sorts_and_toggles_without_an_error(run, html):
     assert len(found["before"]) > 5 and found["before"] != sorted(found["before"])
     assert found["rising"] == sorted(found["rising"]) and found["falling"] == found["rising"][::-1]
     assert found["rising"][0] < found["rising"][-1]
+    assert found["foot"] == 2 and found["sorted"]  # the sums stay where they are
     assert found["themes"][0] != found["themes"][1]
     assert found["wider"] is False  # nothing is cut on a phone's 380 pixels
