@@ -1,4 +1,5 @@
 import hashlib
+import io
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import time
 import pytest
 from loopback import loopback
 
-from utils import downloads
+from utils import downloads, progress
 from utils.downloads import Patience, download, file_name, find_weights, mirrored
 from utils.errors import UserError
 from utils.paths import ROOT
@@ -60,6 +61,18 @@ def test_an_interrupted_download_resumes(site, tmp_path):
     assert fetch(site, tmp_path).read_bytes() == CONTENT
     assert site.requests == [("/a/file.bin", "bytes=300000-")]
     assert leftovers(tmp_path) == ["file.bin"]
+
+
+def test_a_terminal_shows_how_much_has_arrived(site, tmp_path, monkeypatch):
+    """From where an earlier attempt stopped; the bar itself is tested in test_progress.py."""
+    begun(site, tmp_path, 256_000)
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress, "DELAY", 0.0)
+    monkeypatch.delenv("RANK", raising=False)
+    fetch(site, tmp_path)
+    assert re.search(r"file.bin:  25%.*256kB/1.02MB", terminal.getvalue())
 
 
 def test_a_file_that_has_moved_is_followed_and_resumes(site, tmp_path):
