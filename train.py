@@ -164,6 +164,12 @@ def check_phases(options: argparse.Namespace, config: QuantConfig | None) -> Non
     """Raises UserError where a phase that is needed would have no epochs."""
     if config is None and options.epochs == 0:
         raise UserError("--epochs 0 trains nothing; it calibrates only together with --quant")
+    corrected = 0 if config is None else config.batch_norm.correction
+    if options.epochs and 0 < options.epochs <= corrected:
+        raise UserError(
+            f"batch_norm.correction: {corrected} of the {options.epochs} quantized epochs leave none to train in; "
+            "give more --epochs"
+        )
     if config is not None and options.needs_float and options.float_epochs == 0:
         raise UserError(
             "--float-epochs 0: there is no float model of these classes yet. Give its checkpoint as --weights, or let "

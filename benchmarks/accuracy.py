@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 import yaml  # noqa: E402
 from bootstrap import RESAMPLES, Counts, draw_images, interval, mean_over_seeds, resampled_map  # noqa: E402
 from common import machine, write_section  # noqa: E402
@@ -75,6 +76,7 @@ def common_arguments(cell: Cell, grid: Grid, output: Path, folder: Path, hyp: st
     arguments = ["--data", data_yaml(cell.data, settings, output), "--imgsz", str(settings.image_size)]
     arguments += ["--batch-size", str(settings.batch_size), "--hyp", hyp, "--optimizer", settings.optimizer]
     arguments += ["--cos-lr"] if settings.cosine else []
+    arguments += ["--compile", "on"] if torch.cuda.is_available() else []  # on a CPU it is on by itself
     arguments += ["--seed", str(cell.seed), "--noval", "--noplots", "--cache", "--workers", "0", "--patience", "0"]
     return [*arguments, "--project", str(folder.parent), "--name", folder.name, "--exist-ok"]
 

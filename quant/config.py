@@ -239,14 +239,18 @@ class NormConfig:
             before it is validated; 0 leaves them as they were averaged.
         freeze: share of the epochs, at their end, in which batch norms normalise by their running statistics, which
             stand still.
+        correction: epochs, at the end of the quantized ones, in which nothing but the batch norms' gains and shifts
+            learns, from the averaged network and with standing statistics (WACV 2024, arXiv 2311.05109).
     """
 
     reestimate: int = 128
     freeze: float = 0.0
+    correction: int = 0
 
     def validate(self, where: str) -> None:
         _number(f"{where}.reestimate", self.reestimate, 0, 100000)
         _number(f"{where}.freeze", self.freeze, 0, 1)
+        _number(f"{where}.correction", self.correction, 0, 100000)
 
 
 @dataclass
@@ -356,6 +360,11 @@ class QuantConfig:
         options = self.method_options(where)
         if self.target == "tensorrt":
             self._check_tensorrt(options, where)
+        fused = self.gabfusion
+        if self.batch_norm.correction and fused.enabled and fused.fold != "anneal" and not fused.paper:
+            raise UserError(
+                f"{where}: batch_norm.correction wants a fusion without its normalisation; set gabfusion.fold to anneal"
+            )
         for pattern, override in self.layers.items():
             try:
                 re.compile(pattern)

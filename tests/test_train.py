@@ -277,6 +277,61 @@ def test_batch_norms_stand_still_at_the_end(both_phases, data, tmp_path, monkeyp
     assert changes == [True, False, False]
 
 
+@pytest.fixture(scope="module")
+def corrected(both_phases, data, tmp_path_factory):
+    """Flags of a run whose last two of three epochs train batch norms alone, and the folder of such a run."""
+    folder = tmp_path_factory.mktemp("corrected")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"batch_norm": {"correction": 2}}))
+    flags = ["--weights", str(both_phases / "weights" / "float_best.pt"), "--data", data, "--recipe", str(recipe)]
+    flags += ["--quant", "lsq", "--gabfusion", "--epochs", "3", "--save-period", "1"]
+    return flags, run(folder, "whole", *flags)
+
+
+def test_the_correction_trains_gains_and_shifts_of_batch_norms_alone(corrected):
+    _, folder = corrected
+    trained = load_checkpoint(folder / "weights" / "epoch0.pt")["ema"]
+    first, second = (load_checkpoint(folder / "weights" / f"epoch{epoch}.pt") for epoch in (1, 2))
+    moved = {key for key in trained if not torch.equal(trained[key], first["ema"][key])}
+    learned = {key for key in trained if key.endswith(("bn.weight", "bn.bias"))}
+    assert moved - learned <= {key for key in trained if "balance" in key}  # the fusion's strength is back at 0
+    assert len(moved & learned) > 0.9 * len(learned)
+    statistics = [key for key in trained if "running" in key]
+    assert all(torch.equal(first["model"][key], second["model"][key]) for key in statistics)
+    rows = read_results(folder / "results.csv")
+    # Of each epoch's second step, of four in all, between 0.002 and its lrf of 0.05.
+    assert [row["x/lr0"] for row in rows[1:]] == pytest.approx([0.002 * (1 - 0.95 * step / 4) for step in (1, 3)])
+    assert [row["quant/deployable"] for row in rows] == [1, 1, 1]
+
+
+def test_an_interrupted_correction_resumes_to_the_same_result(corrected, tmp_path, monkeypatch):
+    flags, folder = corrected
+    finish = Trainer._finish_epoch
+
+    def stop(self, epoch, *rest):
+        result = finish(self, epoch, *rest)
+        if epoch == stopping:
+            raise KeyboardInterrupt
+        return result
+
+    for stopping in (0, 1):  # before its first epoch and between its epochs
+        monkeypatch.setattr(Trainer, "_finish_epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, f"stopped{stopping}", *flags)
+        monkeypatch.undo()
+        train.main(train.parse_arguments(["--resume", str(tmp_path / f"stopped{stopping}" / "weights" / "last.pt")]))
+        expected, actual = (
+            states(place / "weights" / "last.pt") for place in (folder, tmp_path / f"stopped{stopping}")
+        )
+        assert [key for key in expected if not torch.equal(expected[key], actual[key])] == []
+
+
+def test_a_correction_leaves_epochs_to_train_in(corrected, tmp_path):
+    flags, _ = corrected
+    with pytest.raises(UserError, match=r"batch_norm.correction: 2 of the 2 quantized epochs"):
+        run(tmp_path, "short", *flags, "--epochs", "2")
+
+
 def test_the_best_network_is_saved_before_the_last(cfg, data, tmp_path, monkeypatch):
     """Killed between the two, a run must not know of a best fitness whose network was never kept."""
     saved, save = [], training.trainer.save_checkpoint

@@ -75,6 +75,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=self.amp)
         self.stopper = EarlyStopping(options.patience)
         self.best_fitness, self.first_epoch = -1.0, 0
+        # The epoch from which on only batch norms learn; behind the last one unless the recipe asks for it.
+        self.correction_start = phase.epochs - (run.config.batch_norm.correction if phase.quantized else 0)
         self.calibrated: list[float] | None = None  # mAP50 and mAP50-95 before training, for the table at the end
         self.class_maps = np.zeros(len(run.names))  # mAP50-95 of each class at the last validation
         self.quantized: QuantizedTraining | None = None
@@ -117,6 +119,7 @@ class Trainer:
         """The batch norms whose statistics stand still in ``epoch``: of frozen layers, and under ``freeze`` all."""
         freeze = self.run.config.batch_norm.freeze if self.quantized else 0.0
         everything = freeze > 0 and epoch >= round(self.phase.epochs * (1 - freeze))
+        everything = everything or self.correction_start <= epoch < self.phase.epochs
         # Statistics of frozen layers stay too: a frozen layer that still moves is a common complaint.
         chosen = "" if everything else self.run.frozen_prefixes
         return [
@@ -179,10 +182,12 @@ class Trainer:
             LOGGER.info(self.lines.heading())
         for epoch in range(self.first_epoch, last_epoch):
             started = time.perf_counter()
+            if epoch == self.correction_start:
+                self._begin_correction(epoch)
             parts = self._train_epoch(epoch, warmup)
             speed = len(run.train_set) / (time.perf_counter() - started)
             if self.quantized:
-                self.quantized.set_progress((epoch + 1) / self.phase.epochs)
+                self.quantized.set_progress(min((epoch + 1) / self.correction_start, 1))
             self.ema.update_attributes(self.model, ("yaml", "nc", "names"))
             rates = [group["lr"] for group in self.optimizer.param_groups[:3]]
             self._step_schedule(epoch)
@@ -204,7 +209,7 @@ class Trainer:
 
     def _evaluate(self, epoch: int, plots: bool) -> Evaluation:
         """Validates the averaged network, in a quantized phase with batch-norm statistics of its own."""
-        if self.quantized:
+        if self.quantized and (epoch < self.correction_start or epoch >= self.phase.epochs):
             self.run.reestimate_norms(self.ema.ema, epoch + QUANTIZED_EPOCHS)
         distributed.copy_from_main(self.ema.ema)  # batch-norm statistics are of each process's own images
         result = self.run.evaluate(self.ema.ema, self.loss, plots=plots)
@@ -213,7 +218,10 @@ class Trainer:
 
     def _schedule(self, epoch: float) -> float:
         """Share of the initial learning rates ``epoch`` epochs (and a fraction) after the start."""
-        epochs, tail = max(self.phase.epochs, 1), self.hyp["lr_tail"]
+        if self.correction_start <= epoch < self.phase.epochs:
+            corrected = self.phase.epochs - self.correction_start
+            return learning_rate_factor(epoch - self.correction_start, corrected, self.hyp["lrf"])
+        epochs, tail = max(self.correction_start, 1), self.hyp["lr_tail"]
         return learning_rate_factor(epoch, epochs, self.hyp["lrf"], self.options.cos_lr, tail)
 
     def _step_schedule(self, epoch: int) -> None:
@@ -246,7 +254,7 @@ class Trainer:
                 for group in self.optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * share
             if self.quantized:
-                self.quantized.set_progress(iteration / (batches * self.phase.epochs))
+                self.quantized.set_progress(min(iteration / (batches * self.correction_start), 1))
             plots = not self.options.noplots and not self.phase.prefix and distributed.is_main()
             if epoch == 0 and index < 3 and plots:
                 self._plot_batch(images, targets, paths, run.save_dir / f"train_batch{index}.jpg")
@@ -426,6 +434,31 @@ class Trainer:
             state |= {f"{name}.{key}": value for key, value in module.named_buffers() if key in kept}
         distributed.check_equal(state, f"after epoch {epoch + 1} of the {self.phase.name} phase")
 
+    def _begin_correction(self, epoch: int) -> None:
+        """The averaged network, with statistics of its own, becomes the one that is trained on."""
+        LOGGER.info("Correction: only the gains and shifts of batch norms learn from here on")
+        self.run.reestimate_norms(self.ema.ema, epoch - 1 + QUANTIZED_EPOCHS)
+        distributed.copy_from_main(self.ema.ema)
+        self.model.load_state_dict(self.ema.ema.state_dict())
+        self._set_up_correction()
+
+    def _set_up_correction(self) -> None:
+        """Gains and shifts before a batch norm, as in the paper, are gains and shifts of the batch norm itself."""
+        learning = []
+        for module in self.model.modules():
+            norm = isinstance(module, _BatchNorm)
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(norm and parameter.requires_grad)
+                learning += [parameter] if parameter.requires_grad else []
+        if not learning:
+            raise UserError("batch_norm.correction: the network has no batch norm that may learn; leave it out")
+        rate = self.hyp["correction_lr"]
+        self.optimizer = torch.optim.Adam(learning, lr=rate, fused=self.run.device.type in ("cpu", "cuda"))
+        self.optimizer.param_groups[0]["initial_lr"] = rate
+        self.ema = ModelEMA(self.ema.ema, self.hyp["ema_decay"], self.hyp["ema_tau"])
+        self.quantized.average = self.ema.ema
+        self.parallel = self._distribute()
+
     def _finetune(self) -> None:
         """The paper's end (``fold: finetune``): constants for the statistics, then one epoch of Adam at 2e-5."""
         LOGGER.info("Fusion statistics become constants; fine-tuning one epoch")
@@ -489,6 +522,8 @@ class Trainer:
         """Continues after the epoch that ``checkpoint`` was written at."""
         self.model.load_state_dict(checkpoint["model"])
         self.ema.ema.load_state_dict(checkpoint["ema"])
+        if self.correction_start <= checkpoint["epoch"] < self.phase.epochs:
+            self._set_up_correction()
         self.ema.updates = checkpoint["ema_updates"]
         if checkpoint["epoch"] < self.phase.epochs:  # else it has the optimizer of the fine-tuning behind the epochs
             self.optimizer.load_state_dict(checkpoint["optimizer"])

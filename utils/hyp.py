@@ -24,6 +24,7 @@ QUANTIZED_DEFAULTS: dict[str, float] = {
     "quant_nominal_batch": 16,  # images per optimizer step: short schedules need steps more than large batches
     "quant_ema_decay": 0.998,  # share of the old average that an update keeps, in the end
     "quant_ema_tau": 100.0,  # updates until the average forgets its start
+    "quant_correction_lr": 0.002,  # initial learning rate of `batch_norm.correction`
     "quant_finetune_lr": 2e-5,  # Adam, one epoch, after `fold: finetune` (arXiv 2511.05898)
 }
 # Keys that upstream files lack or rarely have: anchors per level, images per optimizer step (64), and the float phase's

@@ -117,3 +117,10 @@ def test_backward_balance_has_no_normalisation_to_fold(block):
     with pytest.raises(UserError, match="gabfusion: balance: backward"):
         QuantConfig.from_dict({"gabfusion": {"balance": "backward", **block}})
     assert QuantConfig.from_dict({"gabfusion": "backward"}).gabfusion.balance == "backward"
+
+
+def test_a_correction_wants_a_fusion_that_is_annealed():
+    given = {"method": "lsq", "batch_norm": {"correction": 1}}
+    QuantConfig.from_dict(given | {"gabfusion": True}).validate()
+    with pytest.raises(UserError, match=r"batch_norm.correction .* gabfusion.fold to anneal"):
+        QuantConfig.from_dict(given | {"gabfusion": {"enabled": True, "fold": "keep"}})
