@@ -84,6 +84,7 @@ NOTES = {
     ("val.py", "--data"): OWN_DATA,
     ("val.py", "--imgsz"): "640 unless the data set's YAML has another under `defaults:`",
     ("detect.py", "--weights"): NEWEST,
+    ("detect.py", "--source"): "YOLOv5's two photos are not here, so the flag must be given until you make that folder",
     ("detect.py", "--data"): "read only for names that a weights file does not hold, which ours and official ones do",
     ("export.py", "--weights"): NEWEST,
     ("export.py", "--data"): "the data that the network was trained on verifies the file",
@@ -154,7 +155,8 @@ def flag_rows(command: str) -> list[tuple[str, str, str, str]]:
         rows.append((" ".join(f"`{name}`" for name in action.option_strings), ours, theirs, text))
     for flag in upstream:
         if flag not in seen:
-            rows.append((f"`{flag}`", "**missing**", shown(upstream[flag]), export.REPLACED.get(flag, "")))
+            reason = export.REPLACED.get(flag, "")
+            rows.append((f"`{flag}`", "-", shown(upstream[flag]), f"**refused**: {reason}" if reason else ""))
     return rows
 
 
@@ -163,7 +165,8 @@ def text() -> str:
     lines = [
         "# Every flag, beside YOLOv5's", "",
         "Written by `python docs/flags.py` from the parsers; a test keeps it true. Abbreviations such as `--batch` and "
-        "`--conf` work everywhere. What is off or empty by default is shown as `-`. "
+        "`--conf` work everywhere; of `train.py` a few very short ones (`--rec`, `--qua`, `--co`, `--pr`) could mean a "
+        "new flag as well and are refused. What is off or empty by default is shown as `-`. "
         "`train.py` takes its defaults from a data set's `defaults:` first, where it has them.", "",
     ]  # fmt: skip
     for command in UPSTREAM:
