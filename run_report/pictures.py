@@ -28,7 +28,7 @@ SHOWN = 6
 CONFIDENCE, OVERLAP = 0.25, 0.5
 # Okabe and Ito's colours, which the colour-blind can tell apart, as BGR; line widths differ as well.
 COLOURS = {"lost": (0, 94, 213), "gained": (178, 114, 0)}
-PALE, BLACK = (235, 235, 235), (0, 0, 0)
+PALE, BLACK, FAINT = (255, 255, 255), (0, 0, 0), 0.45
 SIDE = 420  # pixels of a picture's longer side at least: small images are enlarged so that captions can be read
 JPEG_QUALITY = 82
 
@@ -144,15 +144,19 @@ def draw(picture: np.ndarray, detections: Tensor, marks: dict[str, Tensor], foun
     size = (round(picture.shape[1] * factor), round(picture.shape[0] * factor))
     canvas = cv2.resize(picture, size, interpolation=cv2.INTER_LINEAR)
     missed = "gained" if found == "lost" else "lost"
+    special, colour = found_labels(detections, marks[found])[0], COLOURS[found]
+    plain = canvas.copy()
+    for detection in detections[~special]:
+        _rectangle(canvas, detection[:4] * factor, BLACK, 3)
+        _rectangle(canvas, detection[:4] * factor, PALE, 1)  # seen on any ground
+    canvas = cv2.addWeighted(canvas, FAINT, plain, 1 - FAINT, 0)
     for row in marks[missed]:
-        _rectangle(canvas, row[1:] * factor, COLOURS[missed], 1)
-    on_marked, colour = found_labels(detections, marks[found])[0], COLOURS[found]
-    for detection, special in sorted(zip(detections, on_marked, strict=True), key=lambda pair: bool(pair[1])):
-        _rectangle(canvas, detection[:4] * factor, BLACK, 4 if special else 3)  # seen on any ground
-        _rectangle(canvas, detection[:4] * factor, colour if special else PALE, 3 if special else 1)
-        if special:
-            caption = f"{found}: {label_name(names, int(detection[5]))} {float(detection[4]):.2f}"
-            _caption(canvas, caption, detection[:2] * factor, colour)
+        _rectangle(canvas, row[1:] * factor, COLOURS[missed], 2)
+    for detection in detections[special]:
+        _rectangle(canvas, detection[:4] * factor, colour, 4)
+    for detection in detections[special].flip(0):  # the most confident last, whose caption is then whole
+        caption = f"{found}: {label_name(names, int(detection[5]))} {float(detection[4]):.2f}"
+        _caption(canvas, caption, detection[:2] * factor, colour)
     return data_uri(canvas)
 
 
