@@ -241,10 +241,14 @@ def files_part(run: RunFiles) -> str:
     return FILES_BEGIN + section("Files", table, note) + FILES_END
 
 
+# Options that belong to one run's place and course rather than to what it trains.
+INTERNAL = {"cfg_given", "float_phase_asked", "needs_float", "stride", "resume", "project", "name", "exist_ok",
+            "verbose", "evolve"}  # fmt: skip
+
+
 def command_of(options: dict[str, Any], defaults: dict[str, Any]) -> str:
     """The command that repeats a run: every option that differs from its default."""
-    internal = {"cfg_given", "float_phase_asked", "needs_float", "stride", "resume", "project", "name", "exist_ok"}
-    internal |= {"verbose", "evolve"}
+    internal = set(INTERNAL)
     # What filled gaps must not become a wish: with weights, a network of its own, or a float phase that was not needed.
     if options.get("weights") and not options.get("cfg_given", True):
         internal.add("cfg")
@@ -286,13 +290,14 @@ def comparison_parts(runs: Sequence[RunFiles]) -> list[str]:
         last = run.accuracy[-1] if run.accuracy else ("", float("nan"), float("nan"), 0)
         gap = f"{run.gap:+.1f}" if run.gap is not None else ""
         size = f"{last[3] / 1e6:.2f}" if last[3] else ""
-        rows.append((str(run.folder), last[0], f"{100 * last[1]:.2f}", f"{100 * last[2]:.2f}", gap, size))
-    heads = ("run", "network", "mAP50 %", "mAP50-95 %", "gap to float, points", "MB")
+        before = f"{100 * run.accuracy[0][1]:.2f}" if run.gap is not None else ""
+        rows.append((str(run.folder), last[0], before, f"{100 * last[1]:.2f}", f"{100 * last[2]:.2f}", gap, size))
+    heads = ("run", "network", "float mAP50 %", "mAP50 %", "mAP50-95 %", "gap to float, points of mAP50", "MB")
     parts = [section("Accuracy", html_table(heads, rows, sortable=True))]
     charts = []
     for column, name in ((MAP50, "mAP50"), (MAP, "mAP50-95"), ("val/box_loss", "Validation box loss")):
         lines = [
-            Line(str(run.folder), [(n, row[column]) for n, row in enumerate(run.rows, 1) if column in row], i, i // 7)
+            Line(str(run.folder), [(n, row[column]) for n, row in enumerate(run.rows, 1) if column in row], i, i)
             for i, run in enumerate(runs)
         ]
         charts.append(line_chart(name, lines, "epoch of the last phase", name))
@@ -302,7 +307,7 @@ def comparison_parts(runs: Sequence[RunFiles]) -> list[str]:
 
 def _differences(runs: Sequence[RunFiles]) -> str:
     flat = [_flat({"opt": run.options, "hyp": run.hyp, "quant": run.quantization}) for run in runs]
-    skipped = {"opt.name", "opt.project", "opt.exist_ok", "opt.resume"}
+    skipped = {f"opt.{key}" for key in INTERNAL}
     keys = [key for key in dict.fromkeys(k for values in flat for k in values) if key not in skipped]
     rows = [(key, *(str(values.get(key, "")) for values in flat)) for key in keys]
     rows = [row for row in rows if len({*row[1:]}) > 1]
