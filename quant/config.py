@@ -41,14 +41,18 @@ class WeightConfig:
     Attributes:
         bits: 2 to 8.
         granularity: a step for each output ``channel``, or one for the whole ``tensor``.
+        dampening: largest factor of the loss that draws weights to the middle of their codes (``quant.dampening``); the
+            paper has 0.1, 0 leaves it out.
     """
 
     bits: int = 4
     granularity: str = "channel"
+    dampening: float = 0.0
 
     def validate(self, where: str) -> None:
         _choice(f"{where}.bits", self.bits, BITS)
         _choice(f"{where}.granularity", self.granularity, ("channel", "tensor"))
+        _number(f"{where}.dampening", self.dampening, 0, 1e6)
 
 
 @dataclass

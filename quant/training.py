@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.yolo import DetectionModel
 from quant.ada import AttentionAlignment, freeze_teacher
 from quant.config import QuantConfig
+from quant.dampening import dampening, dampening_factor
 from quant.distillation import distillation_losses
 from quant.gabfusion import GABFusion, calibrate_fusion, fusion_nodes, set_strength, share_energies, strength_at
 from quant.monitors import Monitors
@@ -150,8 +151,14 @@ class QuantizedTraining:
             node.probe = probe
 
     def penalty(self, batch_size: int) -> Tensor | None:
-        """Sum of the quantizers' own loss terms (PACT's L2), times the batch size, or None where no method has one."""
-        return penalty(self.model) * batch_size if self._penalised else None
+        """The quantizers' own loss terms (PACT's L2) and the weights' dampening, times the batch size, or None without
+        either."""
+        total = penalty(self.model) if self._penalised else None
+        factor = dampening_factor(self.progress, self.config.weight.dampening)
+        if factor:
+            term = factor * dampening(self.model)
+            total = term if total is None else total + term
+        return None if total is None else total * batch_size
 
     def distillation(self, images: Tensor, features: dict[int, Tensor], raw: list[Tensor]) -> dict[str, Tensor]:
         """The distillation losses of one batch by name, weighted, times the batch size (as the task loss is).
