@@ -33,7 +33,7 @@ def test_the_sum_and_its_gradient(method):
         expected[layer] = distance
     loss = dampening(model)
     loss.backward()
-    assert float(loss) == pytest.approx(sum(float(d.square().sum()) for d in expected.values()), rel=1e-4)
+    assert loss.item() == pytest.approx(sum(float(d.square().sum()) for d in expected.values()), rel=1e-4)
     for layer, distance in expected.items():
         torch.testing.assert_close(layer.weight.grad, 2 * distance, rtol=1e-3, atol=1e-5)
         assert all(p.grad is None for p in layer.weight_quantizer.parameters())
