@@ -132,6 +132,7 @@ def test_mistakes_are_one_line(weights, images, tmp_path, capsys):
         (["--line-thickness", "0"], "at least 1"),
         (["--vid-stride", "0"], "1 or more"),
         (["--source", str(tmp_path / "none.jpg")], "none.jpg"),
+        (["--project", str(images / "one.jpg")], "one.jpg/exp: the folder of the results cannot be made (Not a dir"),
     ):
         assert call(weights, images, tmp_path, *arguments) == 1
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("detect.py: ")]

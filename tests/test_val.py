@@ -211,6 +211,10 @@ def test_mistakes_are_one_line(weights, tiny_dataset, tmp_path, capsys):
         (["--weights", str(weights), "--data", str(tiny_dataset), "--dnn"], "onnxruntime"),
         (["--weights", str(weights), "--data", str(tiny_dataset), "--task", "test"], "test"),
         (["--weights", str(tmp_path / "none.pt"), "--data", str(tiny_dataset)], "none.pt"),
+        (
+            ["--weights", str(weights), "--data", str(tiny_dataset), "--name", str(other / "x")],
+            "cannot be made (Not a directory)",
+        ),
     ):
         assert val.main([*arguments, "--project", str(tmp_path / "runs"), "--workers", "0", "--img", "96"]) == 1
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("val.py: ")]

@@ -23,7 +23,7 @@ from utils.errors import UserError
 from utils.hyp import load_hyp
 from utils.log import LOGGER
 from utils.metrics import fitness
-from utils.paths import WORK, increment_path
+from utils.paths import WORK, results_folder
 from utils.plots import plot_evolution
 from utils.run_log import COLUMNS, WIDTH, read_results
 
@@ -224,7 +224,7 @@ def _folder(options: argparse.Namespace) -> Path:
             raise UserError(f"--resume_evolve {file}: no such file; name the evolve.csv of a search, or its folder")
         return file.parent
     project = Path(options.project or WORK / "runs" / "evolve")
-    return increment_path(project / options.name, options.exist_ok, make=True)
+    return results_folder(project, options.name, options.exist_ok)
 
 
 def _population(folder: str | None) -> list[dict[str, float]]:

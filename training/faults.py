@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import signal
 import threading
@@ -15,11 +14,10 @@ import torch
 from training.run import Run
 from utils import distributed
 from utils.dataset import worker_failure
-from utils.errors import UserError
+from utils.errors import NOT_WRITABLE, UserError
 
 NO_MEMORY = re.compile(r"can't allocate memory|out of memory|bad_alloc|could not create a memory|ALLOC_FAILED", re.I)
 LOST_PROCESS = re.compile(r"clos(ed|ing) by peer|connection (re)?set|connection closed|broken pipe|nccl|gloo", re.I)
-NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 @contextmanager

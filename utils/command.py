@@ -5,16 +5,25 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
-from utils.errors import UserError
+from utils.errors import NOT_WRITABLE, UserError
 from utils.log import LOGGER
 
 
 def exit_code(name: str, action: Callable[[], object]) -> int:
-    """Runs ``action`` and returns 0, or 1 after a ``UserError``, whose text is logged behind ``name``."""
+    """Runs ``action`` and returns 0, or 1 after a ``UserError``, whose text is logged behind ``name``, or after a disk
+    that takes no more."""
     try:
         action()
     except UserError as error:
         LOGGER.error(f"{name}: {error}")
+        return 1
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        LOGGER.error(
+            f"{name}: {error.filename or 'a result'} could not be written ({error.strerror}): make room there, or "
+            "choose another place"
+        )
         return 1
     return 0
 

@@ -1,4 +1,9 @@
-"""The one exception that is meant for the user rather than for a debugger."""
+"""The one exception that is meant for the user rather than for a debugger, and what a disk may say."""
+
+import errno
+
+# Numbers of an OSError that say that a place cannot be written to: full, read-only, forbidden, broken.
+NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 class UserError(ValueError):

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from utils.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[1]  # the code and the YAMLs that come along
 # Runs and data sets go beside the code in a checkout, but into the current folder where pip has installed it.
 WORK = ROOT if (ROOT / "pyproject.toml").is_file() else Path.cwd()
@@ -29,6 +31,22 @@ def increment_path(path: str | Path, exist_ok: bool = False, make: bool = False)
             except FileExistsError:
                 pass
         number += 1
+
+
+def results_folder(project: str | Path, name: str, exist_ok: bool = False) -> Path:
+    """Makes the folder of ``--project`` and ``--name``, numbered as by ``increment_path``.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    place = Path(project) / name
+    try:
+        return increment_path(place, exist_ok, make=True)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or place}: the folder of the results cannot be made ({error.strerror or error}). "
+            "Choose a place that can be written to with --project and --name"
+        ) from None
 
 
 def write_text_at_once(path: Path, text: str) -> None:

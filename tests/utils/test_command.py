@@ -1,11 +1,15 @@
 """Mistyped flags: one line, what was meant, exit code 2."""
 
+import errno
+import os
+
 import pytest
 
 import detect
 import export
 import train
 import val
+from utils.command import exit_code
 
 PARSERS = {
     "train": train.parse_arguments,
@@ -42,3 +46,20 @@ def test_flags_that_are_elsewhere_are_not_here_too():
     for flag in export.REPLACED:
         with pytest.raises(SystemExit):
             export.parse_options([flag])
+
+
+def write(place: str) -> None:
+    with open(place, "w") as stream:
+        stream.write("a result")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the disk that is always full is Linux'")
+def test_a_full_disk_is_one_line_and_other_mistakes_keep_their_traceback(capsys, tmp_path):
+    assert exit_code("val.py", lambda: write("/dev/full")) == 1
+    said = capsys.readouterr().out.strip().splitlines()
+    assert said == [
+        "val.py: a result could not be written (No space left on device): make room there, or choose another place"
+    ]
+    with pytest.raises(OSError) as error:
+        exit_code("val.py", lambda: write(str(tmp_path / "not" / "there")))
+    assert error.value.errno == errno.ENOENT
