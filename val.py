@@ -29,6 +29,7 @@ from utils.command import CommandParser, exit_code
 from utils.dataset import create_dataloader
 from utils.dataset_yaml import DatasetSpec, load_dataset_yaml, prepare_dataset
 from utils.devices import select_device
+from utils.drawing import plot_images
 from utils.errors import UserError
 from utils.log import LOGGER
 from utils.metrics import (
@@ -42,16 +43,16 @@ from utils.metrics import (
     match_predictions,
     matched_boxes,
 )  # fmt: skip
-from utils.paths import ROOT, WORK, results_folder
-from utils.plots import plot_class_curves, plot_confusion_matrix, plot_images, plot_study
+from utils.paths import ROOT, WORK, increment_path
+from utils.plots import plot_class_curves, plot_confusion_matrix, plot_study
 from utils.progress import progress
 from utils.results import newest_weights, save_text
 from utils.run_log import LOCALISATION_COLUMNS
 from utils.timing import Stopwatch
 from utils.voc_metrics import VocEvaluator, VocResult
 
-HEADER = ("%22s" + "%11s" * 6) % ("Class", "Images", "Instances", "P", "R", "mAP50", "mAP50-95")
-ROW = "%22s" + "%11i" * 2 + "%11.3g" * 4
+HEADER = ("%20s%8s%11s" + "%10s" * 4) % ("Class", "Images", "Instances", "P", "R", "mAP50", "mAP50-95")
+ROW = "%20s%8i%11i" + "%10.3g" * 4
 PLOTTED_BATCHES = 3
 TASKS = ("val", "test", "train", "speed", "study")
 STUDY_SIZES = range(256, 1536 + 128, 128)
@@ -484,7 +485,7 @@ def _check_suppression(backend: Backend, options: argparse.Namespace) -> None:
 
 
 def _output_options(file: str | Path, options: argparse.Namespace, spec: DatasetSpec) -> OutputOptions:
-    folder = results_folder(options.project, options.name, options.exist_ok)
+    folder = increment_path(Path(options.project) / options.name, exist_ok=options.exist_ok, make=True)
     is_coco = spec.is_coco or str(options.data).endswith("coco.yaml")
     wants_json = (options.save_json or is_coco) and options.task != "speed"
     annotations = Path(spec.path) / "annotations" / "instances_val2017.json"
@@ -505,7 +506,7 @@ def study(
     options: argparse.Namespace, spec: DatasetSpec, files: list[str | Path], device: torch.device
 ) -> list[Evaluation]:
     """Sweeps the image size; writes ``study_<data>_<weights>.txt`` with one row per size, and ``study.png``."""
-    folder = results_folder(options.project, options.name, options.exist_ok)
+    folder = increment_path(Path(options.project) / options.name, options.exist_ok, make=True)
     options.name, options.exist_ok = folder.name, True  # one folder for all sizes
     options.save_json, options.noplots = False, True
     results, curves = [], {}

@@ -30,6 +30,7 @@ from common import machine, write_section  # noqa: E402
 from utils.allocation import keep_freed_memory  # noqa: E402
 from utils.coco import coco_evaluate, detection_rows, ground_truth  # noqa: E402
 from utils.dataset import DetectionDataset, collate, rect_batch_shapes  # noqa: E402
+from utils.drawing import plot_images  # noqa: E402
 from utils.hyp import DEFAULT_FILE, load_hyp  # noqa: E402
 from utils.images import write_image  # noqa: E402
 from utils.labels import read_labelled_images  # noqa: E402
@@ -37,7 +38,7 @@ from utils.log import LOGGER  # noqa: E402
 from utils.loss import DetectionLoss, scale_loss_gains  # noqa: E402
 from utils.metrics import IOU_THRESHOLDS, ConfusionMatrix, ap_per_class, match_boxes, match_predictions  # noqa: E402
 from utils.nms import non_max_suppression  # noqa: E402
-from utils.plots import plot_class_curves, plot_confusion_matrix, plot_images  # noqa: E402
+from utils.plots import plot_class_curves, plot_confusion_matrix  # noqa: E402
 
 LIMIT = 1.1
 CLASSES = (1, 80, 1000)

@@ -53,7 +53,7 @@ def compile_quantizers(
             LOGGER.warning(f"The quantizers cannot be compiled here, training goes on without: {reason}")
         return False
     if not before:
-        LOGGER.info(f"Quantizers run compiled kernels (ready in {time.perf_counter() - started:.1f} s)")
+        LOGGER.debug(f"Quantizers run compiled kernels (ready in {time.perf_counter() - started:.1f} s)")
     return True
 
 

@@ -30,6 +30,7 @@ from utils import distributed
 from utils.boxes import xywh_to_xyxy
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.devices import training_type
+from utils.drawing import plot_images
 from utils.ema import ModelEMA
 from utils.errors import UserError
 from utils.hyp import phase_hyp
@@ -46,7 +47,6 @@ from utils.optim import (
     scale_weight_decay,
     warmup_iterations,
 )
-from utils.plots import plot_images
 from utils.progress import progress
 from utils.run_log import RunLog
 from val import Evaluation

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from utils.boxes import crop_region, xyxy_to_xywh
+from utils.drawing import Annotator, class_color
 from utils.errors import UserError
 from utils.images import write_image
 from utils.log import LOGGER
 from utils.paths import WORK, increment_path
-from utils.plots import Annotator, class_color
 from utils.results import label_name
 
 if TYPE_CHECKING:

@@ -4,14 +4,13 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from utils.drawing import Annotator, class_color, plot_images
 from utils.metrics import ap_per_class
 from utils.plots import (
-    Annotator,
+    _result_charts,
     _whole_numbers,
-    class_color,
     plot_class_curves,
     plot_confusion_matrix,
-    plot_images,
     plot_labels,
     plot_results,
     plot_study,
@@ -55,13 +54,13 @@ def test_charts_without_any_label(tmp_path):
 
 @pytest.mark.parametrize("as_float", [False, True])
 def test_batch_shows_boxes_where_they_are(tmp_path, as_float):
-    images = torch.full((2, 3, 64, 96), 100, dtype=torch.uint8)
+    images = torch.full((2, 3, 96, 96), 100, dtype=torch.uint8)
     images = images.float() / 255 if as_float else images
     boxes = torch.tensor([[1, 0, 20, 30, 60, 50, 0.9], [1, 1, 5, 40, 15, 60, 0.1]])
     file = tmp_path / "batch.png"
     plot_images(images, boxes, ["one.jpg", "two.jpg"], file, {0: "cat", 1: "dog"})
     picture = read(file)
-    assert picture.shape == (64, 192, 3)
+    assert picture.shape == (96, 192, 3)
     assert np.abs(picture[50, 96 + 40].astype(int) - class_color(0)).max() < 30  # lower edge of the sure box
     assert np.abs(picture[60, 96 + 10].astype(int) - 100).max() < 30  # the unsure one is left out
     assert np.abs(picture[50, 40].astype(int) - 100).max() < 30
@@ -77,6 +76,25 @@ def test_captions_stay_inside():
     annotator = Annotator(np.full((60, 80, 3), 200, np.uint8), 2)
     annotator.box((70, -5, 90, 20), "long caption", (0, 0, 255))
     assert (annotator.image[2:12, 2:] != 200).any()
+
+
+def test_the_first_classes_are_told_apart_by_the_colour_blind():
+    """Any two colours differ in lightness or along the axis that red-green blindness leaves (blue to yellow)."""
+    for one in range(7):
+        for other in range(one):
+            blue, green, red = (float(a) - float(b) for a, b in zip(class_color(one), class_color(other), strict=True))
+            assert abs(blue) + abs(green + red) / 2 > 40, (one, other)
+    assert len({class_color(label) for label in range(80)}) > 70
+
+
+def test_columns_that_belong_together_share_a_chart():
+    names = ["train/box_loss", "val/box_loss", "model.9.balance/factor0", "model.9.balance/factor1", "quant/new"]
+    charts = {title: lines for title, _, lines in _result_charts(names)}
+    assert charts == {
+        "Box loss": {"train/box_loss": "training", "val/box_loss": "validation"},
+        "model.9: branch factor": {"model.9.balance/factor0": "branch 0", "model.9.balance/factor1": "branch 1"},
+        "quant/new": {"quant/new": "quant/new"},
+    }
 
 
 def test_results_and_study(tmp_path):
