@@ -31,7 +31,7 @@ from utils.errors import UserError
 from utils.feature_maps import saved_features
 from utils.images import letterbox, write_image
 from utils.log import LOGGER
-from utils.paths import ROOT, WORK, increment_path
+from utils.paths import ROOT, WORK, results_folder
 from utils.results import label_name, newest_weights, save_text
 from utils.sources import Frame, Sources
 from utils.streams import Streams, file_address, is_stream
@@ -265,7 +265,7 @@ def run(options: argparse.Namespace) -> Path:
     size = _input_size(options, backend)
     # Sources are opened first: a wrong one leaves no empty folder behind.
     sources = None if file_address(options.source) else open_sources(options.source, options.vid_stride)
-    folder = increment_path(Path(options.project) / options.name, exist_ok=options.exist_ok, make=True)
+    folder = results_folder(options.project, options.name, options.exist_ok)
     sources = sources or Sources(fetch(options.source, folder), options.vid_stride)
     watches = [Stopwatch(device) for _ in range(3)]
     files_seen: dict[Path, None] = {}

@@ -43,7 +43,7 @@ from utils.metrics import (
     match_predictions,
     matched_boxes,
 )  # fmt: skip
-from utils.paths import ROOT, WORK, increment_path
+from utils.paths import ROOT, WORK, results_folder
 from utils.plots import plot_class_curves, plot_confusion_matrix, plot_study
 from utils.progress import progress
 from utils.results import newest_weights, save_text
@@ -485,7 +485,7 @@ def _check_suppression(backend: Backend, options: argparse.Namespace) -> None:
 
 
 def _output_options(file: str | Path, options: argparse.Namespace, spec: DatasetSpec) -> OutputOptions:
-    folder = increment_path(Path(options.project) / options.name, exist_ok=options.exist_ok, make=True)
+    folder = results_folder(options.project, options.name, options.exist_ok)
     is_coco = spec.is_coco or str(options.data).endswith("coco.yaml")
     wants_json = (options.save_json or is_coco) and options.task != "speed"
     annotations = Path(spec.path) / "annotations" / "instances_val2017.json"
@@ -506,7 +506,7 @@ def study(
     options: argparse.Namespace, spec: DatasetSpec, files: list[str | Path], device: torch.device
 ) -> list[Evaluation]:
     """Sweeps the image size; writes ``study_<data>_<weights>.txt`` with one row per size, and ``study.png``."""
-    folder = increment_path(Path(options.project) / options.name, options.exist_ok, make=True)
+    folder = results_folder(options.project, options.name, options.exist_ok)
     options.name, options.exist_ok = folder.name, True  # one folder for all sizes
     options.save_json, options.noplots = False, True
     results, curves = [], {}
