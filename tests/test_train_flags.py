@@ -94,6 +94,8 @@ def test_aliases_and_abbreviations(arguments, key, value):
         (["--evolve", "--resume"], "--resume_evolve"),
         (["--evolve", "0"], "at least 1"),
         (["--patience", "-1"], "at least 0"),
+        (["--seed", "-1"], "at least 0"),
+        (["--seed", "5000000000"], "must be under"),
         (["--batch-size", "-2"], "at least 1"),
         (["--device", "gpu"], "expected cpu, mps, or GPU numbers"),
     ],

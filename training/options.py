@@ -25,6 +25,7 @@ DEFAULTS = {
     "optimizer": "SGD",
 }
 AUTO_BATCH = -1
+LARGEST_SEED = 2**32 - 8  # NumPy takes 32 bits; phases and processes add a little
 # Flags of Weights & Biases: giving one of them asks for it.
 WANDB_FLAGS = {"wandb": False, "entity": None, "upload_dataset": False, "bbox_interval": -1, "artifact_alias": "latest"}
 
@@ -159,12 +160,14 @@ def _check_phases(options: argparse.Namespace) -> None:
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
-    least = {"epochs": 0, "float_epochs": 0, "imgsz": 32, "workers": 0, "evolve": 1, "patience": 0}
+    least = {"epochs": 0, "float_epochs": 0, "imgsz": 32, "workers": 0, "evolve": 1, "patience": 0, "seed": 0}
     least["batch_size"] = AUTO_BATCH if options.batch_size == AUTO_BATCH else 1
     for name, bound in least.items():
         value = getattr(options, name)
         if value is not None and value < bound:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {bound}")
+    if options.seed >= LARGEST_SEED:
+        raise UserError(f"--seed {options.seed}: must be under {LARGEST_SEED}")
     if not 0 <= options.label_smoothing < 1:
         raise UserError(f"--label-smoothing {options.label_smoothing}: a share of the target, from 0 to under 1")
     if options.quad and options.batch_size not in (None, AUTO_BATCH) and options.batch_size % 4:

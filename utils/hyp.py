@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ QUANTIZED_DEFAULTS: dict[str, float] = {
 # share of the float epochs, at their end, that keep the final learning rate (0).
 OPTIONAL = ("anchors", "nominal_batch", "ema_decay", "ema_tau", "lr_tail")
 
+# What training divides by, and what makes an optimizer or an augmentation meaningless.
+OVER_ZERO = {"anchors", "momentum", "nominal_batch", "ema_tau"}
+OVER_ZERO |= {"quant_momentum", "quant_nominal_batch", "quant_ema_tau"}
+UNDER_ONE = {"momentum", "quant_momentum", "warmup_momentum", "scale"}
+
 
 def load_hyp(path: str | Path) -> dict[str, Any]:
     """Reads a hyperparameter file; bare names are looked up in ``data/hyps``.
@@ -39,7 +45,8 @@ def load_hyp(path: str | Path) -> dict[str, Any]:
     Keys that are absent take the value of ``hyp.scratch-low.yaml`` or of ``QUANTIZED_DEFAULTS``.
 
     Raises:
-        UserError: no such file, not a mapping, an unknown key (with the nearest known one), a value that is no number.
+        UserError: no such file, not a mapping, an unknown key (with the nearest known one), a value that is no number
+            or cannot be that of its key.
     """
     given = Path(path)
     file = next((p for p in (given, ROOT / given, ROOT / "data" / "hyps" / given) if p.is_file()), None)
@@ -59,9 +66,17 @@ def load_hyp(path: str | Path) -> dict[str, Any]:
                 raise UserError(f"{file}: {key}: {value!r} is not a number") from None
         elif isinstance(value, bool) or not isinstance(value, (int, float)):
             raise UserError(f"{file}: {key}: {value!r} is not a number")
+        _check_range(file, key, values[key])
     if not 0 <= values.get("lr_tail", 0) < 1:
         raise UserError(f"{file}: lr_tail: {values['lr_tail']} is no share of the epochs; it must be from 0 to under 1")
     return defaults | values
+
+
+def _check_range(file: Path, key: str, value: float) -> None:
+    too_low = value <= 0 if key in OVER_ZERO else value < 0
+    if too_low or not math.isfinite(value) or (key in UNDER_ONE and value >= 1):
+        low = "over 0" if key in OVER_ZERO else "0 or more"
+        raise UserError(f"{file}: {key}: {value} must be {low}{' and under 1' if key in UNDER_ONE else ''}")
 
 
 def _read(file: Path) -> dict[str, Any]:

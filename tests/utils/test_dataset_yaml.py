@@ -6,7 +6,7 @@ import yaml
 from data.shapes import Drawing
 from utils.dataset_yaml import load_dataset_yaml, prepare_dataset
 from utils.errors import UserError
-from utils.hyp import OPTIONAL
+from utils.hyp import OPTIONAL, load_hyp
 from utils.paths import ROOT
 
 
@@ -122,6 +122,24 @@ def test_preparing_checks_or_draws(write, tmp_path):
     assert len(list((tmp_path / "drawn" / "images" / "val").iterdir())) == Drawing().val_images
     spec = load_dataset_yaml(write())
     assert prepare_dataset(spec) is spec
+
+
+@pytest.mark.parametrize(
+    "key, value, reason",
+    [
+        ("lr0", -0.01, "0 or more"),
+        ("mixup", float("inf"), "0 or more"),
+        ("momentum", 0, "over 0 and under 1"),
+        ("warmup_momentum", 1, "0 or more and under 1"),
+        ("quant_ema_tau", 0.0, "over 0"),
+        ("anchors", "0", "over 0"),
+    ],
+)
+def test_hyperparameters_that_cannot_be_are_refused(tmp_path, key, value, reason):
+    file = tmp_path / "hyp.yaml"
+    file.write_text(yaml.safe_dump({key: value}))
+    with pytest.raises(UserError, match=f"hyp.yaml: {key}: .* must be {reason}$"):
+        load_hyp(file)
 
 
 def test_hyper_parameter_files_have_the_reference_keys():
