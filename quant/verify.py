@@ -34,9 +34,11 @@ from utils.progress import progress
 QUANTIZER_TOLERANCE = 1e-5  # steps; with more than 42 levels the two float32 spacings that follow are more
 FLOAT_SPACING = 2**-23  # relative: a quotient of 255 is known to 1.5e-5, and runtimes multiply by the inverse
 LAYER_TOLERANCE = 1e-5
-# Absolute and relative difference of outputs (pixels, probabilities) that float rounding explains.
+# Absolute and relative difference of outputs (pixels, probabilities) that 32-bit float rounding explains.
 OUTPUT_TOLERANCE = 1e-4
-HALF_TOLERANCE = 2e-2
+# Relative L2 distance of an image's boxes, and of its scores, that 16-bit floats explain. yolov5n's are up to 0.002 and
+# 0.011. Single boxes cannot be held to a limit: where no object is they move by up to 3.5 pixels.
+HALF_DISTANCE = 0.03
 # Relative L2 distance beyond which flipped codes no longer explain that outputs differ. Flips multiply from layer to
 # layer until the rounding noise of both sides is unrelated, which is 1 % at 8 bits and tens of percent at 2.
 GROSS_DIFFERENCE = 0.5
@@ -102,6 +104,7 @@ class Verification:
     problems: list[str] = field(default_factory=list)
     quantized: bool = True
     inside: bool = True  # whether codes were compared, not outputs only
+    half: bool = False  # the file computes in 16 bits
 
     @property
     def holds(self) -> bool:
@@ -115,6 +118,8 @@ class Verification:
             codes = self.quantizers.compared + self.layers.compared
             flipped = self.quantizers.different + self.layers.different
             return f"{codes:,} codes equal" + (f" but {flipped:,} at rounding boundaries" if flipped else "")
+        if self.half:
+            return f"outputs in 16 bits, relative distance {self.largest_relative:.1g}"
         return f"outputs within {self.largest_difference if self.without_flip else self.largest_relative:.1g}"
 
     def table(self) -> str:
@@ -225,10 +230,10 @@ def _check_layers(
 
     with _watched(model, watch):
         decoded = _decoded(model(image))
-    difference = (decoded - torch.from_numpy(tensors[exported.decoded])).abs()
-    allowed = OUTPUT_TOLERANCE * (1 + decoded.abs())
-    if bool((difference > allowed).any()):
-        result.problems.append(f"the head differs by {difference.max():.2g} from the network on the file's own codes")
+    theirs = torch.from_numpy(tensors[exported.decoded])
+    if not outputs_agree(decoded, theirs):
+        largest = (decoded - theirs).abs().max()
+        result.problems.append(f"the head differs by {largest:.2g} from the network on the file's own codes")
 
 
 @torch.no_grad()
@@ -257,7 +262,20 @@ def references(
     return found
 
 
-def _compare_outputs(result: Verification, ours: Tensor, theirs: Tensor, flipped: bool, tolerance: float) -> None:
+def outputs_agree(ours: Tensor, theirs: Tensor, half: bool = False) -> bool:
+    """Whether float rounding explains the differences between two results (B, N, 5 + classes); NaN never agrees.
+
+    Args:
+        half: ``theirs`` was computed in 16 bits.
+    """
+    difference = (ours - theirs).abs()
+    if not half:
+        return bool((difference <= OUTPUT_TOLERANCE * (1 + ours.abs())).all())
+    parts = (slice(None, 4), slice(4, None))
+    return all(_relative(difference[..., part], ours[..., part]) <= HALF_DISTANCE for part in parts)
+
+
+def _compare_outputs(result: Verification, ours: Tensor, theirs: Tensor, flipped: bool) -> None:
     difference = (ours - theirs).abs()
     relative = _relative(difference, ours)
     result.largest_relative = max(result.largest_relative, relative)
@@ -265,7 +283,7 @@ def _compare_outputs(result: Verification, ours: Tensor, theirs: Tensor, flipped
     if not flipped:
         result.largest_difference = max(result.largest_difference, float(difference.max()))
         result.without_flip += 1
-        if bool((difference > tolerance * (1 + ours.abs())).any()):
+        if not outputs_agree(ours, theirs, result.half):
             result.problems.append(f"image {number}: outputs differ by up to {float(difference.max()):.2g}")
     elif not relative <= GROSS_DIFFERENCE:
         result.problems.append(f"image {number}: flipped codes cannot explain a relative distance of {relative:.2g}")
@@ -275,7 +293,7 @@ def _compare_trained(result: Verification, before: Tensor, theirs: Tensor) -> No
     difference = (before - theirs).abs()
     relative = _relative(difference, before)
     result.trained_relative = max(result.trained_relative or 0.0, relative)
-    result.trained_equal += bool((difference <= OUTPUT_TOLERANCE * (1 + before.abs())).all())
+    result.trained_equal += outputs_agree(before, theirs)
     if not relative <= GROSS_DIFFERENCE:
         result.problems.append(
             f"image {result.images}: relative distance {relative:.2g} from the network before folding"
@@ -301,18 +319,17 @@ def verify(
     Raises:
         UserError: onnxruntime is not installed or refuses the file.
     """
-    result = Verification(quantized=bool(exported.quantizers))
+    result = Verification(quantized=bool(exported.quantizers), half=_is_half(exported.model))
     codes = [*exported.codes.values(), *(place.codes for place in exported.quantizers)]
     sources = [place.source for place in exported.quantizers]
     opened = runtime or in_onnxruntime(exported.model)
     outputs = (codes, [*codes, *sources]) if result.quantized else ()
     plain, *sessions = [opened([exported.decoded, *names]) for names in ((), *outputs)]
-    half = _is_half(exported.model)
     for reference in progress(expected, "comparing"):
         result.images += 1
         theirs = torch.from_numpy(plain(reference.batch)[exported.decoded]).float()
         flipped = bool(sessions) and _check_inside(result, model, exported, reference, sessions)
-        _compare_outputs(result, reference.decoded, theirs, flipped, HALF_TOLERANCE if half else OUTPUT_TOLERANCE)
+        _compare_outputs(result, reference.decoded, theirs, flipped)
         if reference.trained is not None:
             _compare_trained(result, reference.trained, theirs)
     for title, count in (("quantizer", result.quantizers), ("layer", result.layers)):
@@ -333,13 +350,12 @@ def verify_outputs(
             differ, but not grossly.
         half: the file computes in 16 bits.
     """
-    result = Verification(quantized=quantized, inside=False)
-    tolerance = HALF_TOLERANCE if half else OUTPUT_TOLERANCE
+    result = Verification(quantized=quantized, inside=False, half=half)
     for reference in progress(expected, "comparing"):
         result.images += 1
         theirs = run(reference.batch).float().cpu()
-        equal = bool(((reference.decoded - theirs).abs() <= tolerance * (1 + reference.decoded.abs())).all())
-        _compare_outputs(result, reference.decoded, theirs, quantized and not equal, tolerance)
+        flipped = quantized and not outputs_agree(reference.decoded, theirs)
+        _compare_outputs(result, reference.decoded, theirs, flipped)
         if reference.trained is not None:
             _compare_trained(result, reference.trained, theirs)
     return result

@@ -16,7 +16,7 @@ import export
 from exporting.onnx_files import write_verified
 from quant.fold import ActivationGrid, IntegerConv2d, fold
 from quant.onnx_graph import build, trace, traceable
-from quant.verify import references, verify
+from quant.verify import outputs_agree, references, verify
 from utils.errors import UserError
 
 FORBIDDEN = {"BatchNormalization", "LayerNormalization", "ReduceMean", "InstanceNormalization", "Identity", "Constant"}
@@ -69,11 +69,12 @@ def test_yolov5n_in_float(tmp_path, dynamic):
         assert not {"Shape", "Gather", "Range"} & set(operators(file)), "shapes of a fixed size are constants"
 
 
-def test_official_weights_on_real_images(shared_data, tmp_path):
+@pytest.mark.parametrize("flags", [["--imgsz", "320", "--data", "coco-slice"], ["--imgsz", "160", "--half"]])
+def test_official_weights(shared_data, tmp_path, flags):
     official = tmp_path / "yolov5n.pt"
     official.write_bytes((shared_data / "weights" / "yolov5n.pt").read_bytes())
     data = shared_data / "coco-slice" / "coco-slice.yaml"
-    code, file, _ = run_export(official, "--imgsz", 320, "--data", data)
+    code, file, _ = run_export(official, *(str(data) if flag == "coco-slice" else flag for flag in flags))
     assert code == 0
     metadata = {entry.key: entry.value for entry in onnx.load(str(file)).metadata_props}
     assert metadata["stride"] == "32" and "'person'" in metadata["names"]
@@ -90,6 +91,20 @@ def test_half_precision_stays_close(tmp_path):
         expected = model(batch)[0]
     difference = (run_file(file, batch.half()).float() - expected).norm() / expected.norm()
     assert difference < 0.01
+
+
+def test_16_bit_outputs_are_judged_by_the_image_and_nan_never_agrees():
+    model = float_detector()
+    with torch.no_grad():
+        rows = model(images(1))[0]
+    one_box = rows.clone()
+    one_box[0, 0, 2] *= 1.1
+    assert outputs_agree(rows, one_box, half=True) and not outputs_agree(rows, one_box)
+    scores = rows.clone()
+    scores[..., 4:] *= 1.05
+    assert not outputs_agree(rows, scores, half=True), "scores are judged apart from pixels, which are far larger"
+    for half in (False, True):
+        assert outputs_agree(rows, rows, half) and not outputs_agree(rows, rows.clone().fill_(torch.nan), half)
 
 
 @pytest.mark.parametrize("opset", [12, 21])
