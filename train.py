@@ -39,7 +39,15 @@ from training.options import (
     options_of_run,
     wants_wandb,
 )
-from training.phases import best_model, build_float_model, float_phase, load_teacher, quantized_phase, summarise
+from training.phases import (
+    best_model,
+    build_float_model,
+    check_teacher,
+    float_phase,
+    load_teacher,
+    quantized_phase,
+    summarise,
+)
 from training.random_state import seed_everything
 from training.run import Phase, Run, check_processes, new_run_folder
 from training.screen import start_lines
@@ -125,7 +133,7 @@ def prepare_run(options: argparse.Namespace, resume: dict | None = None, save_di
             config = quantization_of(options, model)
     check_phases(options, config)
     if options.teacher:
-        load_teacher(options.teacher, names)
+        check_teacher(options.teacher, load_teacher(options.teacher, names), model, config)
     options.stride = max(int(model.stride.max()), 32)
     if options.imgsz % options.stride:
         rounded = -(-options.imgsz // options.stride) * options.stride

@@ -348,7 +348,10 @@ def log_table(result: Evaluation, names: Mapping[int, str], verbose: bool) -> No
     LOGGER.info(HEADER)
     LOGGER.info(ROW % ("all", result.images, result.instances, *means))
     if not result.instances:
-        LOGGER.warning("no labels found: nothing can be measured")
+        LOGGER.warning(
+            "WARNING: no labels found, so nothing can be measured. Label files lie in 'labels' where the images lie in "
+            "'images'"
+        )
     table = result.per_class
     if verbose and len(names) > 1:
         rows = zip(table.classes, table.labels, table.precision, table.recall, table.ap50, table.ap50_95, strict=True)
@@ -370,8 +373,8 @@ def _check_ranges(options: argparse.Namespace) -> None:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(options, flag)}: a number from 0 to 1 is needed")
     if options.dnn:
         raise UserError("--dnn: ONNX files run in onnxruntime, not in OpenCV: leave the flag out")
-    for flag in ("batch_size", "max_det"):
-        if getattr(options, flag) < 1:
+    for flag in ("batch_size", "max_det", "imgsz"):
+        if getattr(options, flag) is not None and getattr(options, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(options, flag)}: at least 1 is needed")
 
 

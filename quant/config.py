@@ -16,6 +16,8 @@ from utils.errors import UserError
 from utils.yaml_file import read_yaml
 
 BITS = tuple(range(2, 9))
+BALANCES = ("learnable", "feedback", "backward", "fixed")
+DIVERGENCES = ("auto", "js", "kl")
 AUTO_COSTS = ("parameters", "bops")
 
 
@@ -135,7 +137,7 @@ class FusionConfig:
 
     def validate(self, where: str) -> None:
         _choice(f"{where}.scope", self.scope, ("neck", "all"))
-        _choice(f"{where}.balance", self.balance, ("learnable", "feedback", "backward", "fixed"))
+        _choice(f"{where}.balance", self.balance, BALANCES)
         if self.balance == "backward" and (self.paper or self.fold != "anneal"):
             raise UserError(
                 f"{where}: balance: backward has no normalisation, so paper and fold: {self.fold} mean nothing; leave "
@@ -183,7 +185,7 @@ class AttentionConfig:
 
     def validate(self, where: str) -> None:
         _choice(f"{where}.attention", self.attention, ("simam", "qaware"))
-        _choice(f"{where}.divergence", self.divergence, ("auto", "js", "kl"))
+        _choice(f"{where}.divergence", self.divergence, DIVERGENCES)
         _choice(f"{where}.normalisation", self.normalisation, ("softmax", "l1"))
         _number(f"{where}.temperature", self.temperature, 1e-3, 1e3)
         _number(f"{where}.weight", self.weight, 0, 1e6)
@@ -601,6 +603,15 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     raise UserError(f"--recipe {path}: no such file; recipes that come along: {names}")
 
 
+def _flag(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Refuses a word behind a flag that takes one of ``allowed``, or none."""
+    if isinstance(value, str) and value not in allowed:
+        near = difflib.get_close_matches(value, allowed, 1)
+        raise UserError(
+            f"{name} {value}: " + (f"did you mean {near[0]}? It" if near else "it") + f" takes {', '.join(allowed)}"
+        )
+
+
 def build_config(
     method: str | None = None,
     bits: str | int | None = None,
@@ -634,6 +645,7 @@ def build_config(
         values = merge(values, changes)
     flags: dict[str, Any] = {}
     if method is not None:
+        _flag("--quant", method, tuple(QUANTIZERS))
         flags["method"] = method
     if bits is not None:
         if values["auto_bits"]["resolved"]:
@@ -648,7 +660,9 @@ def build_config(
             weight, activation = parse_bits(bits)
         flags |= {"weight": {"bits": weight}, "activation": {"bits": activation}, "auto_bits": dataclasses.asdict(auto)}
     if gabfusion is not None:
+        _flag("--gabfusion", gabfusion, BALANCES)
         flags["gabfusion"] = _block(gabfusion, "gabfusion")
     if ada is not None:
+        _flag("--ada", ada, DIVERGENCES)
         flags["ada"] = _block(ada, "ada")
     return QuantConfig.from_dict(merge(values, flags), "the options --quant, --bits, --gabfusion, --ada")

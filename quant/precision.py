@@ -42,7 +42,7 @@ from quant.prepare import example_input, placed_bits, trace_convolutions
 from quant.quantizer import Quantizer
 from quant.registry import QUANTIZERS
 from quant.samples import open_samples
-from utils.command import exit_code
+from utils.command import CommandParser, exit_code
 from utils.devices import limit_threads, select_device
 from utils.errors import UserError
 from utils.hyp import DEFAULT_FILE, load_hyp
@@ -460,7 +460,7 @@ def detection_loss(model: DetectionModel, hyp: dict, image_size: int) -> Detecti
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m quant.precision", description="Measure how much each convolution suffers from few bits."
     )
     parser.add_argument("--weights", required=True, help="float checkpoint, official or ours")

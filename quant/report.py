@@ -32,7 +32,7 @@ from quant.layers import QuantConv2d
 from quant.prepare import check_calibrated, example_input
 from quant.primitives import per_channel
 from quant.quantizer import IntegerForm, Quantizer
-from utils.command import exit_code
+from utils.command import CommandParser, exit_code
 from utils.errors import UserError
 from utils.log import LOGGER
 from utils.progress import progress
@@ -481,7 +481,7 @@ def write_tensorboard(writer: Any, reports: Sequence[LayerReport], whole: Totals
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m quant.report",
         description="Show bits, size, cost and precision of a quantized network's layers.",
     )

@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 from run_report.write import write_comparison, write_report
-from utils.command import exit_code
+from utils.command import CommandParser, exit_code
 from utils.log import LOGGER
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "python -m run_report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder of train.py")

@@ -444,10 +444,10 @@ def test_one_checkpoint_where_no_more_are_wanted(cfg, data, tmp_path, capsys):
     [
         (["--bits", "4"], "--bits needs --quant"),
         (["--gabfusion"], "--gabfusion needs --quant"),
-        (["--quant", "lsqq"], "'lsqq' is not possible"),
+        (["--quant", "lsqq"], "--quant lsqq: did you mean lsq"),
         (["--quant", "lsq", "--bits", "1"], "1 is not possible"),
         (["--quant", "lsq", "--bits", "w4"], "write one number"),
-        (["--quant", "lsq", "--gabfusion", "sideways"], "'sideways' is not possible"),
+        (["--quant", "lsq", "--gabfusion", "sideways"], "--gabfusion sideways: it takes learnable"),
         (["--quant", "lsq", "--recipe", "nowhere.yaml"], "no such file"),
         (["--weights", "nowhere.pt"], "does not exist"),
         (["--hyp", "nowhere.yaml"], "no such file"),
@@ -492,4 +492,7 @@ def test_user_errors_are_one_line_and_exit_code_1(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--weights", "nowhere.pt"])
     assert train.command_line() == 1
     output = capsys.readouterr().out.strip().splitlines()
-    assert output == ["ERROR: nowhere.pt does not exist. Give the path of a .pt file"]
+    assert output == [
+        f"ERROR: nowhere.pt does not exist in {Path.cwd()}. Give the path of a .pt file, or a released name such as "
+        "yolov5n.pt"
+    ]

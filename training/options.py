@@ -26,13 +26,19 @@ DEFAULTS = {
 }
 AUTO_BATCH = -1
 LARGEST_SEED = 2**32 - 8  # NumPy takes 32 bits; phases and processes add a little
+# What is no flag of YOLOv5 either -> where it stands.
+REPLACED = dict.fromkeys(
+    ("--lr", "--lr0", "--lrf", "--momentum", "--weight-decay", "--warmup-epochs"),
+    "hyperparameters stand in a YAML file, copy one of data/hyps and give it with --hyp",
+)
 # Flags of Weights & Biases: giving one of them asks for it.
 WANDB_FLAGS = {"wandb": False, "entity": None, "upload_dataset": False, "bbox_interval": -1, "artifact_alias": "latest"}
 
 
 def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     """The parser of train.py; abbreviations such as ``--batch`` and ``--img`` work."""
-    parser = CommandParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(description=description, formatter_class=formatter, replaced=REPLACED)
     _add_data_flags(parser.add_argument_group("data and network").add_argument)
     _add_training_flags(parser.add_argument_group("training").add_argument)
     _add_output_flags(parser.add_argument_group("what is written").add_argument)
@@ -154,7 +160,7 @@ def _check_phases(options: argparse.Namespace) -> None:
     if options.float_epochs is not None and not quantized:
         raise UserError("--float-epochs counts the float phase of a run with --quant; without it use --epochs")
     if options.teacher and not quantized:
-        raise UserError("--teacher needs --quant and --ada")
+        raise UserError("--teacher is whom a quantized network learns from: add --quant lsq (or a --recipe)")
     if options.compile == "on" and not quantized:
         raise UserError("--compile compiles the quantizers' arithmetic: it needs --quant")
 

@@ -8,11 +8,13 @@ import json
 import time
 from dataclasses import dataclass
 
+import torch
 import yaml
 from torch import Tensor, nn
 
 from models.yolo import DetectionModel
 from quant.calibrate import calibrate
+from quant.config import QuantConfig
 from quant.precision import CHOICE_IMAGES, resolve_auto_bits
 from quant.prepare import model_from_checkpoint, prepare
 from quant.report import (
@@ -86,6 +88,40 @@ def load_teacher(file: str, names: dict[int, str]) -> DetectionModel:
     model = DetectionModel(weights.model_yaml)
     model.load_state_dict(weights.state_dict)
     return model
+
+
+def check_teacher(file: str, teacher: DetectionModel, model: DetectionModel, config: QuantConfig) -> None:
+    """Raises UserError where a teacher's maps cannot be compared with those of ``model``.
+
+    Raw maps (``logits``) may come from a wider network, feature and attention maps from one of the same widths only.
+    """
+    ada, other = config.ada, config.distillation
+    layers = set(ada.layers or model.feature_layers) if ada.enabled else set()
+    layers |= set(other.layers or model.feature_layers) if other.weights else set()
+    compared = set(layers) if ada.enabled or set(other.weights) - {"logits"} else set()
+    advice = "Give a teacher that was trained with the same --cfg, or leave --teacher out"
+    if max(layers) >= len(teacher.model):
+        raise UserError(
+            f"--teacher {file} has {len(teacher.model)} layers, and layer {max(layers)} is needed. {advice}"
+        )
+    side = 2 * max(int(model.stride.max()), 32)
+    example, found = torch.zeros(1, model.yaml.get("ch", 3), side, side), []
+    for network in (teacher, model):
+        was_training = network.training
+        with torch.no_grad():
+            (_, raw), features = network.eval()(example, features=tuple(sorted(layers)))
+        network.train(was_training)
+        found.append({f"layer {index}": tuple(features[index].shape[1:]) for index in sorted(compared)})
+        found[-1] |= {f"output {level}": tuple(maps.shape[1:]) for level, maps in enumerate(raw)}
+    theirs, ours = found
+    for name, shape in ours.items():
+        if theirs.get(name) != shape:
+            raise UserError(
+                f"--teacher {file} is of another architecture: its {name} is {theirs.get(name, 'missing')}, the "
+                f"network's {shape}. {advice}"
+            )
+    if len(theirs) > len(ours):
+        raise UserError(f"--teacher {file} is of another architecture: it has more outputs. {advice}")
 
 
 def float_phase(run: Run, model: DetectionModel, resume: dict | None) -> DetectionModel:

@@ -170,7 +170,8 @@ def _names(value: object, file: TorchFile) -> dict[int, str]:
 def check_is_checkpoint(path: Path) -> None:
     """Raises UserError unless ``path`` is a file, and none that an exporter wrote."""
     if not path.is_file():
-        raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}. Give the path of a .pt file")
+        what = "is a folder" if path.is_dir() else f"does not exist{'' if path.is_absolute() else f' in {Path.cwd()}'}"
+        raise UserError(f"{path} {what}. Give the path of a .pt file, or a released name such as yolov5n.pt")
     if path.suffix.lower() in EXPORTED_SUFFIXES:
         raise UserError(f"{path} is an exported network; give the .pt that it was exported from")
 

@@ -2,21 +2,27 @@
 
 import argparse
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from utils.errors import NOT_WRITABLE, UserError
 from utils.log import LOGGER
 
+KINDS = {"int": "whole number", "float": "number"}
+
 
 def exit_code(name: str, action: Callable[[], object]) -> int:
     """Runs ``action`` and returns 0, or 1 after a ``UserError``, whose text is logged behind ``name``, or after a disk
-    that takes no more."""
+    that takes no more; 130 after Ctrl-C."""
     try:
         action()
     except UserError as error:
         LOGGER.error(f"{name}: {error}")
         return 1
+    except KeyboardInterrupt:
+        LOGGER.error(f"{name}: interrupted")
+        return 130
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
             raise
@@ -43,8 +49,17 @@ class CommandParser(argparse.ArgumentParser):
         """Ends the program with exit code 2 and ``message``, with a hint behind every flag that is not known."""
         start, _, rest = message.partition("unrecognized arguments: ")
         if rest and not start:
-            message = "; ".join(self._hint(word) for word in rest.split() if word.startswith("-")) or message
+            words = rest.split()
+            message = "; ".join(self._hint(word) for word in words if word.startswith("-"))
+            message = message or f"{words[0]} belongs to no flag"
+        message = self._plain(message)
         self.exit(2, f"{self.prog}: error: {message}. All flags: {self.prog} --help\n")
+
+    @staticmethod
+    def _plain(message: str) -> str:
+        """argparse's wording of a value that a flag cannot take, with the flag first."""
+        message = re.sub(r"^argument (--?[^/: ]+)[^:]*: ", r"\1: ", message)
+        return re.sub(r"invalid (int|float) value: ('.*')", lambda m: f"{m[2]} is no {KINDS[m[1]]}", message)
 
     def _hint(self, word: str) -> str:
         flag = word.partition("=")[0]

@@ -125,7 +125,8 @@ class DetectionDataset(Dataset):
     def _check_labels(self, path_spec, num_classes: int | None) -> None:
         classes = self.labels.rows[:, 0]
         if not len(classes):
-            text = f"{self.prefix}: no labels for the {len(self.labels)} images in {path_spec}."
+            places = path_spec if isinstance(path_spec, str | Path) else ", ".join(map(str, path_spec))
+            text = f"{self.prefix}: no labels for the {len(self.labels)} images in {places}."
             if self.augment:
                 raise UserError(f"{text} Label files lie in 'labels' where the images lie in 'images'.")
             LOGGER.warning(text)

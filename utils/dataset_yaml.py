@@ -1,5 +1,6 @@
 """The data set YAML: where the images of each split are and what the classes are called."""
 
+import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -87,7 +88,10 @@ def find_dataset_yaml(name: str | Path) -> Path:
     for candidate in (given, ROOT / given, ROOT / "data" / given):
         if candidate.is_file():
             return candidate.resolve()
-    raise UserError(f"{name}: no such data set YAML, neither here nor in {ROOT / 'data'}.")
+    known = {file.name.lower(): file.name for file in sorted((ROOT / "data").glob("*.yaml"))}
+    near = difflib.get_close_matches(given.name.lower(), known, 1, cutoff=0.7)
+    advice = f"did you mean {known[near[0]]}?" if near else f"these come along: {', '.join(known.values())}"
+    raise UserError(f"{name}: no such data set YAML, neither in {Path.cwd()} nor in {ROOT / 'data'}; {advice}")
 
 
 def load_dataset_yaml(path: str | Path) -> DatasetSpec:

@@ -58,7 +58,8 @@ def load_hyp(path: str | Path) -> dict[str, Any]:
     for key, value in values.items():
         if key not in defaults and key not in OPTIONAL:
             near = difflib.get_close_matches(str(key), defaults, 1)
-            raise UserError(f"{file}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            advice = f"did you mean {near[0]!r}?" if near else f"{DEFAULT_FILE} has them all"
+            raise UserError(f"{file}: unknown key {key!r}; {advice}")
         if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
             try:
                 values[key] = float(value)

@@ -24,6 +24,13 @@ def read_yaml(file: Path, errors: str = "strict") -> object:
         raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: is not a YAML file in UTF-8 ({error.reason} at byte {error.start})") from None
+    except yaml.MarkedYAMLError as error:
+        place = (
+            f", line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+            if error.problem_mark
+            else ""
+        )
+        raise UserError(f"{file}{place}: is not a valid YAML file: {error.problem or error.context}") from None
     # Besides its own errors PyYAML lets through those of dates that do not exist and of nesting without end.
     except (yaml.YAMLError, ValueError, OverflowError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise UserError(f"{file}: is not a valid YAML file: {' '.join(str(error).split())}") from None

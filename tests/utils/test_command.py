@@ -31,7 +31,7 @@ PARSERS = {
         ("val", ["--save-jsn"], "did you mean --save-json?"),
         ("detect", ["--zzzzzz"], "unknown flag --zzzzzz."),
         ("export", ["--keras"], "--keras is not here: TensorFlow files are made from the ONNX file (onnx2tf)"),
-        ("export", ["--batch-size", "two"], "argument --batch-size: invalid int value: 'two'"),
+        ("export", ["--batch-size", "two"], "--batch-size: 'two' is no whole number"),
     ],
 )
 def test_mistakes_are_one_line(command, arguments, message, capsys):

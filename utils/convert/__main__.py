@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from utils.coco import COCO_CATEGORY_IDS
-from utils.command import exit_code
+from utils.command import CommandParser, exit_code
 from utils.convert.coco import coco_to_yolo, read_annotations, yolo_to_coco
 from utils.convert.files import TRANSFERS, write_dataset_yaml, write_lines
 from utils.convert.voc import CORNERS, class_names, image_sets, voc_to_yolo, yolo_to_voc
@@ -25,7 +25,7 @@ from utils.log import LOGGER
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(prog="python -m utils.convert", description="Convert labels between formats.")
+    parser = CommandParser(prog="python -m utils.convert", description="Convert labels between formats.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     voc = commands.add_parser("voc2yolo", help="a folder with JPEGImages, Annotations and ImageSets to YOLO")
