@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models.yolo import DetectionModel
 from quant.config import QuantConfig
-from quant.norms import reestimate_norms
+from quant.norms import reestimate_norms, shift_norms
 from quant.training import calibration_batches
 from training.options import frozen_layers
 from utils import distributed
@@ -42,24 +42,42 @@ def check_processes(options: argparse.Namespace) -> None:
         raise UserError("--sync-bn: PyTorch synchronises batch norms on GPUs only; leave it out on a CPU")
 
 
+OWN_FILES = ("last.pt", "best.pt", "float_last.pt", "float_best.pt")
+
+
 def new_run_folder(options: argparse.Namespace) -> Path:
-    """Makes the folder of a new run; an existing one that ``--exist-ok`` takes loses its checkpoints.
+    """Makes the folder of a new run; an existing one that ``--exist-ok`` takes loses the checkpoints that the run will
+    write itself, but not those that it starts from.
 
     Raises:
-        UserError: it cannot be made or written to.
+        UserError: it cannot be made or written to, or a resumed run would miss what it started from.
     """
     place = Path(options.project) / options.name
     try:
         folder = increment_path(place, options.exist_ok, make=True)
         (folder / "weights").mkdir(exist_ok=True)
-        for stale in (folder / "weights").glob("*.pt"):
-            stale.unlink()
+        _remove_stale(options, folder / "weights")
     except OSError as error:
         raise UserError(
             f"{error.filename or place}: the run's folder cannot be made ({error.strerror or error}). Choose a place "
             "that can be written to with --project and --name"
         ) from None
     return folder
+
+
+def _remove_stale(options: argparse.Namespace, folder: Path) -> None:
+    needed = {Path(file).resolve(): flag for flag in ("weights", "teacher") if (file := getattr(options, flag))}
+    quantized = bool(options.quant or options.recipe)
+    for name in OWN_FILES:
+        file = folder / name
+        flag = needed.get(file.resolve())
+        if flag and quantized and (options.needs_float or not name.startswith("float_")):
+            raise UserError(
+                f"--{flag} {file}: the run would write over it, and could not be resumed. Choose another --name, or "
+                "move the file"
+            )
+        if not flag:
+            file.unlink(missing_ok=True)
 
 
 class Run:
@@ -139,11 +157,18 @@ class Run:
     def reestimate_norms(self, model: nn.Module, epoch: int) -> None:
         """Batch-norm statistics of ``model`` from training images as ``epoch`` sees them, if the recipe says so; frozen
         layers keep theirs."""
+        if self.config.batch_norm.reestimate:
+            reestimate_norms(model, self._norm_batches(epoch), self.frozen_prefixes)
+
+    def shift_norms(self, model: nn.Module, float_model: nn.Module, epoch: int) -> None:
+        """The same for a network that was only calibrated: its statistics move by what quantization changes."""
+        if self.config.batch_norm.reestimate:
+            shift_norms(model, float_model, self._norm_batches(epoch), self.frozen_prefixes)
+
+    def _norm_batches(self, epoch: int) -> Iterable[Tensor]:
         images = self.config.batch_norm.reestimate
-        if images:
-            batches = -(-min(images, len(self.train_set)) // self.options.batch_size)
-            shown = progress(self.training_batches(images, epoch), "batch norms", batches)
-            reestimate_norms(model, shown, self.frozen_prefixes)
+        batches = -(-min(images, len(self.train_set)) // self.options.batch_size)
+        return progress(self.training_batches(images, epoch), "batch norms", batches)
 
     @property
     def validates_first(self) -> bool:

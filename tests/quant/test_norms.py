@@ -7,7 +7,8 @@ import torch
 from small_detector import images, tiny_detector
 from torch import nn
 
-from quant.norms import reestimate_norms
+from quant.norms import reestimate_norms, shift_norms
+from quant.prepare import set_enabled
 
 
 def norms(model):
@@ -86,3 +87,33 @@ def test_modes_come_back_after_an_error():
         reestimate_norms(model, [images(2, 32, 32), torch.zeros(2, 5, 32, 32)])
     assert all(module.training for module in model.modules())
     assert all(norm.momentum is not None for norm in norms(model).values())
+
+
+def test_statistics_move_by_what_quantization_changes():
+    model = trained()
+    reference = copy.deepcopy(model)
+    set_enabled(reference, False)
+    batches = [images(3, 32, 32, seed=seed) for seed in range(3)]
+    quantized, plain = copy.deepcopy(model), copy.deepcopy(reference)
+    reestimate_norms(quantized, batches)
+    reestimate_norms(plain, batches)
+    before, kept = copy.deepcopy(norms(model)), copy.deepcopy(reference.state_dict())
+    assert shift_norms(model, reference, iter(batches)) == 3
+    assert all(torch.equal(value, kept[key]) for key, value in reference.state_dict().items())
+    for name, norm in norms(model).items():
+        old, q, f = before[name], norms(quantized)[name], norms(plain)[name]
+        torch.testing.assert_close(norm.running_mean, old.running_mean + q.running_mean - f.running_mean)
+        spread = (old.running_var + old.eps) * (q.running_var + old.eps) / (f.running_var + old.eps) - old.eps
+        torch.testing.assert_close(norm.running_var, spread.clamp_min(0))
+        assert not torch.allclose(norm.running_mean, old.running_mean, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_stay_where_quantization_changes_nothing():
+    model = trained()
+    set_enabled(model, False)
+    before = copy.deepcopy(model.state_dict())
+    shift_norms(model, copy.deepcopy(model), [images(3, 32, 32)])
+    for key, value in model.state_dict().items():
+        if key not in counters(model):
+            torch.testing.assert_close(value, before[key], msg=key)
+    assert shift_norms(model, copy.deepcopy(model), []) == 0
