@@ -12,7 +12,7 @@ from small_detector import SMALL
 import train
 from training.batch_size import memory_step
 from training.options import apply_defaults, check_options, options_of_run
-from training.run import Phase
+from training.run import Phase, new_run_folder
 from training.trainer import Trainer
 from utils.checkpoint import load_checkpoint
 from utils.dataset_yaml import load_dataset_yaml
@@ -160,6 +160,30 @@ def test_the_class_scores_travel_with_the_checkpoint(start):
 def test_cache_val_keeps_the_validation_images_alone(start):
     run, _ = start("--cache", "val")
     assert run.train_set._cached is None and run.val_set._cached is not None
+
+
+def used_again(tmp_path, *arguments: str, needs_float: bool = False) -> set[str]:
+    """The checkpoints that are left in a folder when another run takes it."""
+    folder = tmp_path / "old" / "weights"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("last", "best", "float_last", "float_best", "epoch3"):
+        (folder / f"{name}.pt").write_bytes(b"")
+    options = train.parse_arguments(["--project", str(tmp_path), "--name", "old", "--exist-ok", *arguments])
+    options.needs_float = needs_float
+    assert new_run_folder(options) == folder.parent
+    return {file.stem for file in folder.iterdir()}
+
+
+def test_a_folder_that_is_used_again_keeps_what_the_run_starts_from(tmp_path):
+    folder = tmp_path / "old" / "weights"
+    assert used_again(tmp_path) == {"epoch3"}
+    assert used_again(tmp_path, "--weights", str(folder / "last.pt")) == {"epoch3", "last"}  # as with YOLOv5
+    start = ["--weights", str(folder / "float_best.pt"), "--quant", "lsq"]
+    assert used_again(tmp_path, *start) == {"epoch3", "float_best"}
+    for arguments, needs_float in ((start, True), (["--teacher", str(folder / "best.pt"), "--quant", "lsq"], False)):
+        with pytest.raises(UserError, match="the run would write over it"):
+            used_again(tmp_path, *arguments, needs_float=needs_float)
+        assert len(list(folder.iterdir())) == 5  # refused before anything was removed
 
 
 def test_name_cfg_is_the_models(start):

@@ -68,16 +68,16 @@ def new_run_folder(options: argparse.Namespace) -> Path:
 def _remove_stale(options: argparse.Namespace, folder: Path) -> None:
     needed = {Path(file).resolve(): flag for flag in ("weights", "teacher") if (file := getattr(options, flag))}
     quantized = bool(options.quant or options.recipe)
-    for name in OWN_FILES:
-        file = folder / name
-        flag = needed.get(file.resolve())
-        if flag and quantized and (options.needs_float or not name.startswith("float_")):
+    kept = {file: flag for file in (folder / name for name in OWN_FILES) if (flag := needed.get(file.resolve()))}
+    for file, flag in kept.items():
+        if quantized and (options.needs_float or not file.name.startswith("float_")):
             raise UserError(
                 f"--{flag} {file}: the run would write over it, and could not be resumed. Choose another --name, or "
                 "move the file"
             )
-        if not flag:
-            file.unlink(missing_ok=True)
+    for name in OWN_FILES:
+        if folder / name not in kept:
+            (folder / name).unlink(missing_ok=True)
 
 
 class Run:
