@@ -29,8 +29,12 @@ def describe(network: DetectionModel, weights: Weights) -> dict[str, str]:
         }
         if config["activation"].get("output"):
             bits["outputs"] = config["activation"]["output"]
-    stride = str(int(max(network.stride)))
-    found = {"stride": stride, "names": str(network.names), "bits": json.dumps(bits), "method": method}
+    found = {
+        "stride": str(network.image_stride),
+        "names": str(network.names),
+        "bits": json.dumps(bits),
+        "method": method,
+    }
     command = training_command(weights)
     return found | ({"training": command} if command else {})
 

@@ -62,7 +62,7 @@ def read_subject(path: Path, sides: list[int] | None, device: torch.device) -> S
     folded = fold(trained) if weights.quantization is not None else copy.deepcopy(trained).fuse()
     folded = folded.eval().to(device)
     folded.model[-1].export = True
-    return Subject(path, weights, trained, folded, image_size(sides, weights, int(max(trained.stride))))
+    return Subject(path, weights, trained, folded, image_size(sides, weights, trained.image_stride))
 
 
 def image_size(given: list[int] | None, weights: Weights, stride: int) -> tuple[int, int]:

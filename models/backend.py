@@ -107,7 +107,7 @@ class TorchBackend(Backend):
             parameter.requires_grad_(False)
         self.model: nn.Module = model.half() if half else model
         self.half = half
-        super().__init__(path, int(max(model.stride)), model.names, device)
+        super().__init__(path, model.image_stride, model.names, device)
 
     @torch.inference_mode()
     def run(self, images: Tensor) -> tuple[Tensor, list[Tensor] | None]:

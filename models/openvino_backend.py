@@ -10,6 +10,7 @@ from torch import Tensor
 from models.backend import ExportedBackend, read_names, read_stride
 from utils.errors import UserError
 from utils.metadata import read_metadata_file
+from utils.signal_stack import kept_signal_stack
 from utils.suppression import Suppression
 
 
@@ -61,7 +62,8 @@ def compile_model(openvino: ModuleType, model, half: bool = False):
     settings: dict[str, object] = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
     if not half:
         settings["INFERENCE_PRECISION_HINT"] = "f32"
-    return openvino.Core().compile_model(model, "CPU", settings)
+    with kept_signal_stack():
+        return openvino.Core().compile_model(model, "CPU", settings)
 
 
 def in_openvino(path: Path) -> Callable[[Sequence[str]], Callable[[Tensor], dict]]:

@@ -208,14 +208,14 @@ def _quantize_convolutions(model: nn.Module, config: QuantConfig, readers: Reade
 
 
 def example_input(model: nn.Module) -> Tensor:
-    """A small blank image that ``model`` accepts: (1, 3, side, side) with sides of twice the largest stride, or for
+    """A small blank image that ``model`` accepts: (1, 3, side, side) with sides of twice its stride, or for
     networks other than a DetectionModel the shape that ``prepare`` was given.
 
     Raises:
         UserError: another network, which has not been prepared.
     """
     if isinstance(model, DetectionModel):
-        side = 2 * int(max(model.stride))
+        side = 2 * model.image_stride
         shape = (1, 3, side, side)
     elif hasattr(model, "example_shape"):
         shape = model.example_shape

@@ -40,9 +40,6 @@ def run(command, *more):
     else:
         program = {"val.py": val, "detect.py": detect, "export.py": export}[name]
         kept = [] if program is export else ["--project", f"runs/{name[:-3]}"]
-        # Loader processes leave a handler for SIGCHLD behind. With it, where OpenVINO had run on a CPU with AMX, the
-        # kernel sent a SIGSEGV when a later test's process ended: presumably the registers overflow the signal stack.
-        kept += ["--workers", "0"] if program is val else []
         assert program.main([*arguments, *SMALL, *kept]) == 0, command
 
 

@@ -52,7 +52,7 @@ def decoded_by_torch(model, batch):
 @pytest.mark.parametrize("number", range(3))
 def test_every_runtime_finds_the_same_boxes(float_files, number):
     backend = load_backend(float_files[number])
-    assert (backend.stride, backend.names, backend.is_pt, backend.suppression) == (2, NAMES, False, None)
+    assert (backend.stride, backend.names, backend.is_pt, backend.suppression) == (4, NAMES, False, None)
     for count in (1, 2, 3):
         batch = images(count, SIDE, SIDE)
         decoded, raw = backend(batch)
@@ -96,15 +96,15 @@ def test_openvino_computes_the_codes_of_every_method(tmp_path, method, bits):
 def test_metadata_is_where_yolov5_looks(float_files):
     model = onnx.load(str(float_files[0]))
     said = {entry.key: entry.value for entry in model.metadata_props}
-    assert int(said["stride"]) == 2 and ast.literal_eval(said["names"]) == NAMES
+    assert int(said["stride"]) == 4 and ast.literal_eval(said["names"]) == NAMES
     assert [model.graph.input[0].name, *(value.name for value in model.graph.output)] == ["images", "output0"]
     assert sorted(file.name for file in float_files[1].iterdir()) == ["best.bin", "best.xml", "best.yaml"]
     said = yaml.safe_load((float_files[1] / "best.yaml").read_text(encoding="utf-8"))
-    assert said["stride"] == 2 and said["names"] == NAMES
+    assert said["stride"] == 4 and said["names"] == NAMES
     extra = {"config.txt": ""}
     torch.jit.load(str(float_files[2]), _extra_files=extra)
     said = json.loads(extra["config.txt"])
-    assert said["stride"] == 2 and said["names"] == {str(key): name for key, name in NAMES.items()}
+    assert said["stride"] == 4 and said["names"] == {str(key): name for key, name in NAMES.items()}
     assert said["shape"] == [2, 3, SIDE, SIDE]
 
 

@@ -8,6 +8,7 @@ from small_detector import NAMES, SIZE, float_detector, images, quantized_detect
 
 import export
 from models.backend import load_backend, load_network
+from models.yolo import DetectionModel
 from utils.errors import UserError
 
 
@@ -147,3 +148,16 @@ def test_an_onnx_file_with_other_inputs_is_refused(tmp_path):
     onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(path))
     with pytest.raises(UserError, match="expected one input"):
         load_backend(path, "cpu")
+
+
+def test_a_head_of_smaller_strides_than_the_backbones(tmp_path):
+    """yolov5-p34's levels have the strides 8 and 16, its backbone goes down to 32, and so must the sides of images."""
+    torch.manual_seed(0)
+    path = save(DetectionModel("yolov5-p34.yaml", nc=3), tmp_path / "p34.pt")
+    backend = load_backend(path, torch.device("cpu"))
+    assert backend.stride == 32
+    assert backend(images(1, 64, 96))[0].shape == (1, 3 * (8 * 12 + 4 * 6), 8)
+    with pytest.raises(UserError, match="multiples of 32"):
+        backend(images(1, 64, 80))
+    file = load_backend(export_file(path, "--imgsz", 80), torch.device("cpu"))
+    assert file.fixed_size == (96, 96) and file.stride == 32
