@@ -150,7 +150,7 @@ def _show(frame: Frame, drawn: np.ndarray) -> bool:
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line; abbreviations such as --conf and --iou are allowed."""
-    parser = CommandParser(description="Find objects in images and videos.")
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--weights", nargs="+", default=None, help=".pt, .onnx, .torchscript, OpenVINO; newest best.pt")
     parser.add_argument(
         "--source", default=DEFAULT_SOURCE,

@@ -57,13 +57,13 @@ REPLACED = {
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line; abbreviations such as --batch and --img are allowed."""
-    parser = CommandParser(description="Export a detector and verify the exported files.", replaced=REPLACED)
+    parser = CommandParser(description=__doc__, replaced=REPLACED)
     parser.add_argument("--data", default=None, help="dataset YAML whose val images verify the files (the trained one)")
     parser.add_argument("--weights", nargs="+", default=None, help=".pt; the newest best.pt of runs/train")
     parser.add_argument(
         "--imgsz", "--img", "--img-size", nargs="+", type=int, default=None, help="pixels: side, or height and width"
     )
-    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=1, help="images that the file takes at once")
     parser.add_argument("--device", default="cpu", help="cuda device, such as 0, or cpu: where the network is traced")
     parser.add_argument("--half", action="store_true", help="16-bit floats (float models)")
     parser.add_argument("--int8", action="store_true", help="of YOLOv5; here: train.py --quant lsq --bits 8 --epochs 0")

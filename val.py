@@ -380,7 +380,7 @@ def _check_ranges(options: argparse.Namespace) -> None:
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line; abbreviations such as --batch, --conf and --iou are allowed."""
-    parser = CommandParser(description="Measure a detector on a data set.")
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--data", default=str(ROOT / "data" / "shapes.yaml"), help="dataset YAML")
     parser.add_argument("--weights", nargs="+", default=None, help=".pt, .onnx, .torchscript, OpenVINO; newest best.pt")
     parser.add_argument("--batch-size", type=int, default=32, help="images per batch")

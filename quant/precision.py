@@ -466,14 +466,15 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weights", required=True, help="float checkpoint, official or ours")
     parser.add_argument("--data", default="shapes.yaml", help="dataset YAML; its training images are used")
     parser.add_argument("--imgsz", "--img", "--img-size", type=int, default=None, help="pixels; default: as trained")
-    parser.add_argument("--images", type=int, default=CHOICE_IMAGES)
-    parser.add_argument("--bits", type=int, nargs="+", default=list(MEASURED_BITS), choices=BITS, metavar="BITS")
+    parser.add_argument("--images", type=int, default=CHOICE_IMAGES, help="how many of them")
+    bits = {"type": int, "nargs": "+", "default": list(MEASURED_BITS), "choices": BITS, "metavar": "N"}
+    parser.add_argument("--bits", help="that are measured", **bits)
     parser.add_argument("--parts", choices=PARTS, default="weights", help="what is quantized of a convolution")
     parser.add_argument("--quant", default=None, metavar="METHOD", help="default: lsq")
     parser.add_argument("--recipe", default=None, help="quantization YAML")
     parser.add_argument("--hyp", default=None, help="gains of the loss; default: those of the checkpoint")
     parser.add_argument("--csv", default=None, metavar="FILE", help="write the table there")
-    parser.add_argument("--device", default="")
+    parser.add_argument("--device", default="", help="cpu, or the number of a GPU")
     return parser.parse_args(arguments)
 
 

@@ -488,10 +488,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weights", required=True, help="quantized checkpoint")
     parser.add_argument("--data", default=None, help="dataset YAML whose training images measure inputs and outputs")
     parser.add_argument("--imgsz", "--img", "--img-size", type=int, default=None, help="pixels; default: as trained")
-    parser.add_argument("--images", type=int, default=REPORT_IMAGES)
+    parser.add_argument("--images", type=int, default=REPORT_IMAGES, help="how many of them")
     parser.add_argument("--worst", type=int, default=None, metavar="N", help="show the N noisiest layers only")
     parser.add_argument("--csv", default=None, metavar="FILE", help="write all figures there")
-    parser.add_argument("--device", default="")
+    parser.add_argument("--device", default="", help="cpu, or the number of a GPU")
     return parser.parse_args(arguments)
 
 

@@ -6,7 +6,6 @@ python -m run_report runs/train/exp runs/train/exp2 --output comparison.html
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,9 +16,7 @@ from utils.log import LOGGER
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = CommandParser(
-        "python -m run_report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("python -m run_report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder of train.py")
     parser.add_argument("--output", type=Path, help="the page (default: report.html in the run, comparison.html here)")
     parser.add_argument("--no-pictures", action="store_true", help="numbers and charts only: no network is run")

@@ -37,23 +37,34 @@ WANDB_FLAGS = {"wandb": False, "entity": None, "upload_dataset": False, "bbox_in
 
 def make_parser(description: str | None = None) -> argparse.ArgumentParser:
     """The parser of train.py; abbreviations such as ``--batch`` and ``--img`` work."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = CommandParser(description=description, formatter_class=formatter, replaced=REPLACED)
+    parser = CommandParser(description=description, replaced=REPLACED)
     _add_data_flags(parser.add_argument_group("data and network").add_argument)
+    _add_quantization_flags(parser.add_argument_group("quantization").add_argument)
     _add_training_flags(parser.add_argument_group("training").add_argument)
     _add_output_flags(parser.add_argument_group("what is written").add_argument)
     _add_logger_flags(parser.add_argument_group("Weights & Biases").add_argument)
-    _add_quantization_flags(parser.add_argument_group("quantization").add_argument)
     return parser
 
 
 def _add_data_flags(add) -> None:
     add("--weights", default="", help="checkpoint to start from, official or ours; empty: from scratch")
-    add("--cfg", default=None, help="model YAML")
+    add("--cfg", default=None, help="model YAML; default: the data set's, else yolov5s.yaml")
     add("--data", default="shapes.yaml", help="data set YAML")
-    add("--hyp", default=None, help="hyperparameter YAML; bare names are looked up in data/hyps")
-    add("--imgsz", "--img", "--img-size", type=int, default=None, help="image size in pixels")
-    add("--batch-size", type=int, default=None, help="images per batch; -1: as many as the GPU's memory holds")
+    add("--hyp", default=None, help="hyperparameter YAML, also by its name in data/hyps; default: hyp.scratch-low.yaml")
+    add(
+        "--imgsz",
+        "--img",
+        "--img-size",
+        type=int,
+        default=None,
+        help="image size in pixels; default: the data set's, else 640",
+    )
+    add(
+        "--batch-size",
+        type=int,
+        default=None,
+        help="images per batch; -1: as many as the GPU's memory holds; default: 16",
+    )
     add("--rect", action="store_true", help="rectangular batches: no mosaic, no shuffling")
     add("--quad", action="store_true", help="four images on one of twice the size, or one enlarged, by chance")
     add("--image-weights", action="store_true", help="draw images by how badly their classes are found")
@@ -70,12 +81,15 @@ def _add_data_flags(add) -> None:
 
 
 def _add_training_flags(add) -> None:
-    add("--epochs", type=int, default=None, help="epochs (with --quant: of the quantized phase; 0 calibrates only)")
+    add(
+        "--epochs", type=int, default=None,
+        help="with --quant those of the quantized phase (0 calibrates only); default: the data set's, else 100",
+    )  # fmt: skip
     add("--resume", nargs="?", const=True, default=False, help="continue the newest run, or that of this last.pt")
     add("--device", default="", help="cpu, 0, mps; 0,1 with torchrun")
     add("--sync-bn", action="store_true", help="batch norms over all processes of a torchrun job")
     add("--local_rank", type=int, default=-1, help="not read: torchrun says it in the environment")
-    add("--optimizer", choices=("SGD", "Adam", "AdamW"), default=None, help="of the weights")
+    add("--optimizer", choices=("SGD", "Adam", "AdamW"), default=None, help="of the weights; default: SGD")
     add("--cos-lr", action="store_true", default=None, help="cosine instead of linear learning rate")
     add("--label-smoothing", type=float, default=0.0, help="share of a class target that goes to the others")
     add("--multi-scale", action="store_true", help="vary the image size by half, batch by batch")
@@ -95,7 +109,7 @@ def _add_training_flags(add) -> None:
 
 
 def _add_output_flags(add) -> None:
-    add("--project", default=None, help="folder of runs")
+    add("--project", default=None, help="folder of runs; default: runs/train")
     add("--name", default="exp", help="name of the run; cfg: that of the model YAML")
     add("--exist-ok", action="store_true", help="write into an existing run folder")
     add("--nosave", action="store_true", help="save only the last checkpoint")
@@ -116,11 +130,22 @@ def _add_logger_flags(add) -> None:
 
 def _add_quantization_flags(add) -> None:
     add("--quant", metavar="METHOD", default=None, help=f"quantization-aware training: {', '.join(QUANTIZERS)}")
-    add("--bits", default=None, help="4; weights and activations apart: w4a8; chosen by layer: auto:4.0")
-    add("--gabfusion", nargs="?", const=True, default=None, metavar="MODE", help="learnable, feedback, backward, fixed")
-    add("--ada", nargs="?", const=True, default=None, metavar="DIVERGENCE", help="attention distillation: js or kl")
+    add(
+        "--bits",
+        default=None,
+        help="2 to 8; weights and activations apart: w4a8; chosen by layer: auto:4.0; default: 4",
+    )
+    add("--gabfusion", nargs="?", const=True, default=None, metavar="MODE",
+        help="gradient-balanced fusion: learnable (the default), feedback, backward or fixed")  # fmt: skip
+    add("--ada", nargs="?", const=True, default=None, metavar="DIVERGENCE",
+        help="attention maps learn from the float network's: js or kl; default: what suits the method")  # fmt: skip
     add("--teacher", default="", help="float checkpoint of the teacher; default: the float model of this run")
-    add("--float-epochs", type=int, default=None, help="epochs of the float phase")
+    add(
+        "--float-epochs",
+        type=int,
+        default=None,
+        help="epochs of the float phase, where there is one; default: the data set's, else 100",
+    )
     add("--recipe", default=None, help="quantization YAML; bare names are looked up in quant/recipes")
     add("--compile", nargs="?", const="on", default="auto", choices=("auto", "on", "off"),
         help="the quantizers' arithmetic as compiled kernels; auto: on a CPU if it has a C++ compiler")  # fmt: skip
