@@ -25,9 +25,14 @@ def blocks(page: Path, kind: str) -> list[str]:
     return [re.sub(rf"^{indent}", "", text, flags=re.M) for indent, text in found]
 
 
-def commands(page: Path) -> Iterator[list[str]]:
-    """Each command of a page's bash blocks as words: comments and settings in front (``NAME=value``) are taken off."""
-    for block in blocks(page, "bash"):
+def commands(page: Path, inline: bool = False) -> Iterator[list[str]]:
+    """Each command of a page's bash blocks as words: comments and settings in front (``NAME=value``) are taken off.
+
+    With ``inline`` those between single backticks follow, as results.md has them under its tables.
+    """
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    spans = re.findall(r"`((?:python|torchrun|yolov5-qat-\w+) [^`]+)`", text) if inline else []
+    for block in [*blocks(page, "bash"), *(span.replace("\n", " ") for span in spans)]:
         for line in block.replace("\\\n", " ").splitlines():
             words, command = shlex.split(line, comments=True), []
             for word in [*words, "&&"]:
