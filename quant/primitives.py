@@ -62,11 +62,6 @@ def round_ste(x: Tensor) -> Tensor:
     return x + (torch.round(x) - x).detach()
 
 
-def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """Returns ``x`` unchanged in the forward pass; its gradient is multiplied by ``scale`` (LSQ section 2.2)."""
-    return (x - x * scale).detach() + x * scale
-
-
 def step_gradient_scale(count: int, qmax: int) -> float:
     """LSQ's gradient scale ``1 / sqrt(N * Qp)`` (arXiv 1902.08153 section 2.2).
 

@@ -439,23 +439,6 @@ def write_csv(reports: Sequence[LayerReport], file: str | Path, whole: Totals | 
             writer.writerow({"name": "float"} | sizes | shared)
 
 
-def read_csv(file: str | Path) -> list[LayerReport]:
-    """The layers in a file of ``write_csv``, without its totals."""
-    kinds = {field.name: str(field.type).split(" ")[0] for field in dataclasses.fields(LayerReport)}
-    readers: dict[str, Any] = {"int": int, "float": float, "str": str}
-    with Path(file).open(newline="", encoding="utf-8") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["name"] not in ("total", "float")]
-    return [
-        LayerReport(
-            **{
-                name: None if text == "" and kinds[name] != "str" else readers[kinds[name]](text)
-                for name, text in row.items()
-            }
-        )
-        for row in rows
-    ]
-
-
 def write_tensorboard(writer: Any, reports: Sequence[LayerReport], whole: Totals, step: int = 0) -> None:
     """Writes the table as text, and curves over the layers (their position in the network on the x axis).
 

@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from utils.errors import UserError
 
@@ -99,11 +98,6 @@ def learning_rate_factor(epoch: float, epochs: int, final: float, cosine: bool =
     if cosine:
         return (1 - math.cos(epoch * math.pi / epochs)) / 2 * (final - 1) + 1
     return (1 - epoch / epochs) * (1 - final) + final
-
-
-def build_scheduler(optimizer: torch.optim.Optimizer, epochs: int, final: float, cosine: bool = False) -> LambdaLR:
-    """A schedule stepped once an epoch; ``scheduler.lr_lambdas[0]`` is its factor by epoch."""
-    return LambdaLR(optimizer, lr_lambda=lambda epoch: learning_rate_factor(epoch, max(epochs, 1), final, cosine))
 
 
 def accumulation_steps(batch_size: int, nominal: int = NOMINAL_BATCH) -> int:

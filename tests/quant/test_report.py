@@ -1,6 +1,7 @@
 """The report's figures against plain NumPy on captured tensors, its totals, its files and its command."""
 
 import csv
+import dataclasses
 from collections import defaultdict
 
 import numpy as np
@@ -18,13 +19,13 @@ from quant.prepare import prepare
 from quant.primitives import Grid
 from quant.quantizer import IntegerForm, Quantizer
 from quant.report import (
+    LayerReport,
     float_bytes,
     format_report,
     grid_limits,
     layer_reports,
     main,
     quantized_bytes,
-    read_csv,
     totals,
     write_csv,
     write_tensorboard,
@@ -32,6 +33,18 @@ from quant.report import (
 from utils.checkpoint import load_checkpoint
 
 BATCHES = [images(3, seed=5), images(2, seed=6)]
+
+
+def read_csv(file):
+    """The layers in a file of ``write_csv``, without its totals."""
+    kinds = {field.name: str(field.type).split(" ")[0] for field in dataclasses.fields(LayerReport)}
+    readers = {"int": int, "float": float, "str": str}
+    with file.open(newline="", encoding="utf-8") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["name"] not in ("total", "float")]
+    return [
+        LayerReport(**{k: None if v == "" and kinds[k] != "str" else readers[kinds[k]](v) for k, v in row.items()})
+        for row in rows
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from utils.optim import (
     Warmup,
     accumulation_steps,
     build_optimizer,
-    build_scheduler,
     describe_groups,
     learning_rate_factor,
     parameter_groups,
@@ -90,18 +90,19 @@ def test_known_learning_rates():
     for cosine in (False, True):
         tailed = [learning_rate_factor(epoch, 30, 0.1, cosine, tail=1 / 3) for epoch in (0, 10, 20, 25, 29)]
         assert tailed == pytest.approx([1.0, 0.55, 0.1, 0.1, 0.1])
-    optimizer = build_optimizer(Network(), lr=0.1)
-    scheduler = build_scheduler(optimizer, 100, 0.01)
-    optimizer.step()
-    scheduler.step()
-    assert optimizer.param_groups[1]["lr"] == pytest.approx(0.09901)
+
+
+def with_initial_rates(optimizer):
+    """Notes each group's first rate in it, as the trainer does."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
 
 
 def test_warmup_ramps():
-    optimizer = build_optimizer(Network(), lr=0.01, momentum=0.937)
-    scheduler = build_scheduler(optimizer, 10, 0.1)
+    optimizer = with_initial_rates(build_optimizer(Network(), lr=0.01, momentum=0.937))
     warmup = Warmup(optimizer, 100, bias_lr=0.1, start_momentum=0.8, momentum=0.937, batch_size=16)
-    factor = scheduler.lr_lambdas[0]
+    factor = partial(learning_rate_factor, epochs=10, final=0.1)
     assert warmup.step(0, factor(0)) == 1
     assert [g["lr"] for g in optimizer.param_groups] == [0.1, 0.0, 0.0, 0.0]
     assert optimizer.param_groups[0]["momentum"] == pytest.approx(0.8)
@@ -112,8 +113,7 @@ def test_warmup_ramps():
     assert optimizer.param_groups[1]["momentum"] == pytest.approx(0.937)
     assert warmup.active(100) and not warmup.active(101)
     assert not Warmup(optimizer, 0).active(0)
-    build = build_optimizer(Network(), "Adam", momentum=0.9)
-    build_scheduler(build, 10, 0.1)
+    build = with_initial_rates(build_optimizer(Network(), "Adam", momentum=0.9))
     Warmup(build, 10).step(5, 1.0)
     assert build.param_groups[0]["betas"] == (0.9, 0.999)
 
