@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -59,7 +60,7 @@ from utils.devices import limit_threads
 from utils.errors import UserError
 from utils.hyp import load_hyp
 from utils.log import LOGGER, set_verbose
-from utils.paths import WORK
+from utils.paths import WORK, working_in
 from utils.plots import plot_labels, plot_results
 from utils.wandb_log import WandbLog
 
@@ -197,9 +198,12 @@ def main(options: argparse.Namespace) -> Path:
         resume, save_dir = distributed.from_main(lambda: find_resume(asked.resume))
         options = options_of_run(resume["options"])
         options.device = asked.device or options.device  # another machine may have others
-    run, model = prepare_run(options, resume, save_dir)
-    with explained(run):
-        train_phases(run, model, resume)
+    else:
+        options.started_in = os.getcwd()
+    with working_in(getattr(options, "started_in", None)):  # which older checkpoints do not know
+        run, model = prepare_run(options, resume, save_dir)
+        with explained(run):
+            train_phases(run, model, resume)
     return run.save_dir
 
 

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import itertools
+import os
 from pathlib import Path
 
 import onnx
@@ -213,6 +214,27 @@ def test_interrupted_run_resumes_to_the_same_result(phase, cfg, data, tmp_path, 
     # The table at the end has its row of calibration alone after a resume too.
     calibrated = [load_checkpoint(folder / "weights" / "last.pt")["calibrated"] for folder in (whole, stopped)]
     assert calibrated[0] == calibrated[1] and len(calibrated[0]) == 2
+
+
+def test_a_run_of_relative_paths_resumes_from_anywhere(cfg, data, tmp_path, monkeypatch):
+    started, elsewhere = tmp_path / "started" / "deeper", tmp_path / "elsewhere"
+    started.mkdir(parents=True)
+    elsewhere.mkdir()
+    monkeypatch.chdir(started)
+    relative = ["--cfg", os.path.relpath(cfg), "--data", os.path.relpath(data)]
+    save = Trainer._finish_epoch
+
+    def stop(self, *values):
+        save(self, *values)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_finish_epoch", stop)
+        run(Path("runs"), "one", *relative, "--epochs", "2")
+    monkeypatch.chdir(elsewhere)
+    folder = train.main(train.parse_arguments(["--resume", str(started / "runs/one/weights/last.pt")]))
+    assert folder == started / "runs" / "one" and len(read_results(folder / "results.csv")) == 2
+    assert Path.cwd() == elsewhere and not list(elsewhere.iterdir())
 
 
 @pytest.mark.parametrize("images", [8, 0])

@@ -49,6 +49,18 @@ def results_folder(project: str | Path, name: str, exist_ok: bool = False) -> Pa
         ) from None
 
 
+@contextmanager
+def working_in(folder: str | None) -> Iterator[None]:
+    """Relative paths are those below ``folder`` inside the block, if it is there."""
+    before = os.getcwd()
+    if folder and os.path.isdir(folder):
+        os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def write_text_at_once(path: Path, text: str) -> None:
     """Writes a UTF-8 file that is, at every moment, the old or the new one. Raises OSError as ``written_at_once``."""
     with written_at_once(path) as stream:
