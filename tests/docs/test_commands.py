@@ -33,7 +33,9 @@ FOREIGN = (
 PLACEHOLDERS = {"your.yaml", "my.yaml", "mine.yaml", "data.yaml", "deeppcb.yaml", "coco-slice.yaml"}
 STAND_INS = {"P": "bfloat16", "S": "0"}  # letters that a command in results.md has for several values
 WITHOUT_FLAGS = ("docs/flags.py", "docs/recipe.py")  # they take none, and write
-ALL = [pytest.param(command, id=f"{page.stem}: {' '.join(command)}") for page in PAGES for command in commands(page, True)]
+ALL = [
+    pytest.param(command, id=f"{page.stem}: {' '.join(command)}") for page in PAGES for command in commands(page, True)
+]
 
 
 class _Parsed(BaseException):

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 import yaml
@@ -62,6 +63,12 @@ def test_quick_start(tiny_dataset, tmp_path, monkeypatch):
     assert len(list(Path("runs/detect/exp").glob("*.png"))) == 4
     for name in ("best.onnx", "best_storage.onnx", "best_openvino_model/best.xml"):
         assert (folder / "weights" / name).is_file()
+
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))  # the picture of the README, of this run
+    picture = importlib.import_module("picture")
+    monkeypatch.setattr(picture, "FILE", tmp_path / "shapes.jpg")
+    picture.main(str(folder))
+    assert cv2.imread("shapes.jpg").shape == (2 * (picture.BAND + picture.SIDE), 4 * 264 - 8, 3)
 
 
 def test_training_on_your_data(tiny_dataset, tmp_path, monkeypatch):
