@@ -35,6 +35,7 @@ from utils.command import CommandParser, exit_code
 from utils.devices import select_device
 from utils.errors import UserError
 from utils.log import LOGGER, set_verbose
+from utils.progress import progress
 from utils.results import newest_weights
 from utils.suppression import Suppression
 
@@ -124,18 +125,21 @@ def export_file(path: Path, formats: list[str], options: argparse.Namespace) -> 
         raise UserError(f"--verify needs a square or dynamic input, not {height}x{width}: add --dynamic")
     images, source = verification_images(options.data or options.verify, subject.weights, subject.size)
     writer, plan = OnnxWriter(subject), _plan(options)
-    if formats != ["torchscript"]:
-        writer.trace(plan)  # on the device that was asked for; everything behind it on the CPU
-    subject.folded = subject.folded.cpu()
-    trained = subject.trained if subject.quantized else None
-    expected = references(subject.folded, images, 1 if options.dynamic else options.batch_size, trained)
     files = []
-    for name in formats:
-        for file in _WRITERS[name](writer, plan, expected):
-            file.milliseconds = milliseconds_per_image(file.path, subject.size)
-            LOGGER.info(f"{file.path.name}: {file.purpose}, {file.verification.summary()}")
-            LOGGER.debug(file.verification.table())
-            files.append(file)
+    with progress(label=f"tracing {path.name}", total=len(formats) + 1) as bar:
+        if formats != ["torchscript"]:
+            writer.trace(plan)  # on the device that was asked for; everything behind it on the CPU
+        subject.folded = subject.folded.cpu()
+        trained = subject.trained if subject.quantized else None
+        expected = references(subject.folded, images, 1 if options.dynamic else options.batch_size, trained)
+        for name in formats:
+            bar.set_description_str(f"writing {name}", refresh=False)
+            bar.update()
+            for file in _WRITERS[name](writer, plan, expected):
+                file.milliseconds = milliseconds_per_image(file.path, subject.size)
+                LOGGER.info(f"{file.path.name}: {file.purpose}, {file.verification.summary()}")
+                LOGGER.debug(file.verification.table())
+                files.append(file)
     update_report(files, subject.size, f"{len(images)} {source}")
     data = options.verify or options.data or subject.weights.trained_with("data")
     report(subject, files, options, data, time.perf_counter() - start)

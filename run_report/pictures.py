@@ -21,6 +21,7 @@ from utils.dataset import DetectionDataset
 from utils.dataset_yaml import load_dataset_yaml, prepare_dataset
 from utils.iou import box_iou
 from utils.nms import non_max_suppression
+from utils.progress import progress
 from utils.results import label_name
 
 LOOKED_AT = 64  # validation images from which those that differ most are chosen
@@ -80,7 +81,7 @@ def detect_all(weights: Path, images: Tensor) -> list[Tensor]:
     """Detections (n, 6) x1, y1, x2, y2, confidence, class above ``CONFIDENCE`` of each image (B, 3, H, W), 0 to 1."""
     backend = load_backend(weights, torch.device("cpu"))
     found = []
-    for batch in images.split(16):
+    for batch in progress(images.split(16), f"{weights.name} for the report"):
         found += non_max_suppression(backend(batch)[0], CONFIDENCE, OVERLAP)
     return found
 

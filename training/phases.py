@@ -30,7 +30,7 @@ from quant.report import (
 from quant.samples import thin_out
 from training.random_state import seed_everything
 from training.run import Phase, Run
-from training.screen import BEST, NORMALISED
+from training.screen import BEST, NORMALISED, counted_epochs
 from training.trainer import QUANTIZED_EPOCHS, Trainer
 from utils import distributed
 from utils.anchors import check_anchors
@@ -136,7 +136,7 @@ def float_phase(run: Run, model: DetectionModel, resume: dict | None) -> Detecti
             train_set.shapes, train_set.labels, model.detect, options.imgsz, run.hyp["anchor_t"], options.seed
         )
         model.half().float()  # as in files of upstream: anchors and weights start from numbers that fp16 can hold
-    LOGGER.info(f"\nFloat phase: {phase.epochs} epoch{'s' if phase.epochs != 1 else ''}")
+    LOGGER.info(f"\nFloat phase: {counted_epochs(phase.epochs)}")
     trainer = Trainer(run, phase, model, start=resume)
     trainer.fit()
     return best_model(run, phase)
@@ -233,7 +233,7 @@ def quantized_phase(
         LOGGER.info(f"\nCalibrated on {sum(map(len, batches))} images in {seconds:.1f} s")
         reported = report_layers(run, model, batches)
         LOGGER.debug(f"{format_report(reported[0])}\n{reported[1].describe()}")
-        LOGGER.info(f"{costs(reported[1])}\nNoisiest layers: {noisiest(reported[0])}")
+        LOGGER.info(f"{costs(reported[1])}\nNoisiest: {noisiest(reported[0])}")
         if run.validates_first:
             calibrated = run.evaluate(model)
             LOGGER.info(f"Calibrated only: mAP50 {calibrated.map50:.4f}  mAP50-95 {calibrated.map:.4f}")
@@ -248,7 +248,7 @@ def quantized_phase(
         for name in ("best", "last"):  # a run without last.pt is not finished
             trainer._save(checkpoint, name)
         return model, before
-    LOGGER.info(f"\nQuantized phase: {phase.epochs} epochs, {run.config.method} {run.config.bits_label()}")
+    LOGGER.info(f"\nQuantized phase: {counted_epochs(phase.epochs)}, {run.config.method} {run.config.bits_label()}")
     if trainer.quantized.nodes and run.config.gabfusion.fold != "keep":
         LOGGER.info(f"{NORMALISED}: GABFusion still normalises, the network is not yet one for {BEST}.pt")
     trainer.fit()

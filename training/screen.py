@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
-from models.yolo import DetectionModel
+from models.yolo import DetectionModel, count_gflops
 from quant.config import QuantConfig
 from training.run import Run
 from utils import distributed
@@ -81,22 +82,27 @@ def start_lines(run: Run, model: DetectionModel) -> str:
     count = torch.get_num_threads()
     threads = f", {count} thread{'s' if count > 1 else ''}" if run.device.type == "cpu" else ""
     rows = [
-        ("network", model.info(options.imgsz).replace(f"{len(model.model)} layers, ", "")),
+        ("network", f"{_name(model)}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+                    f"{count_gflops(model, options.imgsz):.2f} GFLOPs at {options.imgsz}x{options.imgsz}"),
         ("weights", _origin(run)),
         ("data", f"{options.data}: {len(run.train_set)} training, {len(run.val_set)} validation images, "
                  f"{len(run.names)} class{'es' if len(run.names) > 1 else ''}"),
         ("batches", f"{options.batch_size} images of {options.imgsz} pixels on {run.device}{processes}{threads}"),
     ]  # fmt: skip
     if config is None:
-        rows.append(("float", f"{_epochs(options.epochs)}, {_rate(run, False)}"))
+        rows.append(("float", f"{counted_epochs(options.epochs)}, {_rate(run, False)}"))
     else:
         if options.needs_float:
-            rows.append(("float", f"{_epochs(options.float_epochs)}, {_rate(run, False)}"))
-        trained = f"{_epochs(options.epochs)}, {_rate(run, True)}" if options.epochs else "calibrated only"
+            rows.append(("float", f"{counted_epochs(options.float_epochs)}, {_rate(run, False)}"))
+        trained = f"{counted_epochs(options.epochs)}, {_rate(run, True)}" if options.epochs else "calibrated only"
         rows.append(("quantized", trained))
         rows += _quantization(config, options.teacher)
     rows.append(("run", str(run.save_dir)))
     return "\n".join(f"{name:<10}{text}" for name, text in rows)
+
+
+def _name(model: DetectionModel) -> str:
+    return Path(model.yaml_file).stem
 
 
 def _origin(run: Run) -> str:
@@ -104,10 +110,11 @@ def _origin(run: Run) -> str:
     if not options.weights:
         return "none: from scratch"
     follows = run.config is not None and not options.needs_float
-    return f"{options.weights}" + (" (knows these classes: no float phase)" if follows else "")
+    return f"{options.weights}" + (" (no float phase needed)" if follows else "")
 
 
-def _epochs(count: int) -> str:
+def counted_epochs(count: int) -> str:
+    """``count`` with its noun."""
     return f"{count} epoch{'s' if count != 1 else ''}"
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from utils.log import LOGGER
+from utils.progress import progress
 
 GOOD_RECALL = 0.98  # anchors are left alone while this share of the boxes has an anchor that may answer for it
 SMALLEST_SIDE = 2.0  # pixels; boxes with both sides below it are not worth an anchor
@@ -116,7 +117,7 @@ def _mutate(
 ) -> np.ndarray:
     """Hill climbing: every side is multiplied with probability 0.9 by a factor around 1, kept if fitness rises."""
     best = anchor_fitness(sizes, anchors, threshold)
-    for _ in range(generations):
+    for _ in progress(range(generations), "looking for anchors"):
         touched = generator.random(anchors.shape) < 0.9
         steps = touched * generator.random() * generator.normal(size=anchors.shape) * 0.1 + 1
         candidate = np.maximum(anchors * steps.clip(0.3, 3.0), SMALLEST_SIDE)

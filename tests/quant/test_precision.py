@@ -421,7 +421,7 @@ def test_a_run_chooses_once_and_writes_it_down(network, tiny_dataset, tmp_path, 
     folder = train.main(options)
     shown = capsys.readouterr().out
     assert shown.count("Weight bits of") == 1 and "average 3." in shown and "w3.5a4 mixed trained (lsq)" in shown
-    assert shown.index("Weight bits of") < shown.index("Noisiest layers") < shown.index("Calibrated only")
+    assert shown.index("Weight bits of") < shown.index("Noisiest: ") < shown.index("Calibrated only")
     written = QuantConfig.from_dict(yaml.safe_load((folder / "quant.yaml").read_text()))
     assert written.auto_bits.resolved and len(written.layers) > 3
     checkpoint = load_checkpoint(folder / "weights" / "best.pt")
