@@ -16,6 +16,9 @@ import detect  # noqa: E402
 import export  # noqa: E402
 import train  # noqa: E402
 import val  # noqa: E402
+from quant.precision import parse_options as precision_options  # noqa: E402
+from quant.report import parse_options as report_options  # noqa: E402
+from run_report.__main__ import main as run_report_main  # noqa: E402
 from training.options import DEFAULTS  # noqa: E402
 
 FILE = Path(__file__).with_name("flags.md")
@@ -66,6 +69,12 @@ COMMANDS: dict[str, Callable] = {
     "detect.py": detect.parse_options,
     "export.py": export.parse_options,
     "benchmarks/formats.py": formats.parse_options,
+}
+# Commands that YOLOv5 does not have.
+OWN: dict[str, Callable] = {
+    "python -m run_report": run_report_main,
+    "python -m quant.report": report_options,
+    "python -m quant.precision": precision_options,
 }
 # What holds where a parser's default is None.
 UNTOLD = {("train.py", "--project"): "runs/train", ("val.py", "--imgsz"): 640}
@@ -160,6 +169,17 @@ def flag_rows(command: str) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def own_rows(parse: Callable) -> list[tuple[str, str, str]]:
+    """(flags or the name of an argument, default, meaning) of a command that is ours alone."""
+    actions = [action for action in parser_of(parse)._actions if action.dest != "help"]
+    names = [action.option_strings or [action.metavar] for action in actions]
+    texts = [(action.help or "").replace("|", "\\|").replace("%%", "%") for action in actions]
+    return [
+        (" ".join(f"`{flag}`" for flag in flags), shown(action.default), text)
+        for flags, action, text in zip(names, actions, texts, strict=True)
+    ]
+
+
 def text() -> str:
     """The page."""
     lines = [
@@ -173,6 +193,11 @@ def text() -> str:
         lines += [f"## {command}", "", "| flag | default | YOLOv5's | |", "|---|---|---|---|"]
         lines += [f"| {' | '.join(row)} |" for row in flag_rows(command)]
         lines.append("")
+    for command, parse in OWN.items():
+        lines += [f"## {command}", "", "| flag | default | |", "|---|---|---|"]
+        lines += [f"| {' | '.join(row)} |" for row in own_rows(parse)]
+        lines.append("")
+    lines += ["`python -m utils.convert` is in [data sets](datasets.md#converting).", ""]
     return "\n".join(lines)
 
 

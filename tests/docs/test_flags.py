@@ -35,5 +35,8 @@ def test_every_differing_default_and_missing_flag_has_its_reason(flags):
 def test_parsers_of_all_commands_are_found(flags):
     assert len(flags.flag_rows("train.py")) >= 50
     options = {action.dest for action in flags.parser_of(flags.COMMANDS["detect.py"])._actions}
+    for command, parse in flags.OWN.items():
+        rows = flags.own_rows(parse)
+        assert len(rows) >= 3 and all(text for _, _, text in rows), command
     assert {"source", "visualize", "vid_stride"} <= options
     assert flags.COMMANDS["val.py"](["--img", "320"]).imgsz == 320  # parsing works again afterwards
