@@ -197,7 +197,7 @@ def text() -> str:
         lines += [f"## {command}", "", "| flag | default | |", "|---|---|---|"]
         lines += [f"| {' | '.join(row)} |" for row in own_rows(parse)]
         lines.append("")
-    lines += ["`python -m utils.convert` is in [data sets](datasets.md#converting).", ""]
+    lines += ["Those of `utils.convert` are in [data sets](datasets.md#converting).", ""]
     return "\n".join(lines)
 
 
