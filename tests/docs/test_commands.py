@@ -107,6 +107,11 @@ def test_flags_are_the_programs_own(command, parse, capsys):
     check_files(options)
 
 
+def test_blocks_of_commands_are_marked_as_such():
+    unmarked = [page.stem for page in PAGES for block in blocks(page, "") if re.match(r"python|torchrun|pip", block)]
+    assert not unmarked, "write ```bash"
+
+
 def test_a_wrong_flag_is_noticed(parse, capsys):
     with pytest.raises(SystemExit):
         parse(["val.py", "--wieghts", "best.pt"])
