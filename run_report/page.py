@@ -243,7 +243,7 @@ def files_part(run: RunFiles) -> str:
 
 # Options that belong to one run's place and course rather than to what it trains.
 INTERNAL = {"cfg_given", "float_phase_asked", "needs_float", "stride", "resume", "project", "name", "exist_ok",
-            "verbose", "evolve"}  # fmt: skip
+            "started_in", "verbose", "evolve"}  # fmt: skip
 
 
 def command_of(options: dict[str, Any], defaults: dict[str, Any]) -> str:
