@@ -76,7 +76,6 @@ def common_arguments(cell: Cell, grid: Grid, output: Path, folder: Path, hyp: st
     arguments = ["--data", data_yaml(cell.data, settings, output), "--imgsz", str(settings.image_size)]
     arguments += ["--batch-size", str(settings.batch_size), "--hyp", hyp, "--optimizer", settings.optimizer]
     arguments += ["--cos-lr"] if settings.cosine else []
-    arguments += ["--compile", "on"] if torch.cuda.is_available() else []  # on a CPU it is on by itself
     arguments += ["--seed", str(cell.seed), "--noval", "--noplots", "--cache", "--workers", "0", "--patience", "0"]
     return [*arguments, "--project", str(folder.parent), "--name", folder.name, "--exist-ok"]
 
@@ -136,6 +135,7 @@ def train_cell(cell: Cell, grid: Grid, output: Path) -> Path:
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
         recipe = str(folder / "recipe.yaml")
     arguments += ["--quant", cell.method, "--bits", cell.bits, *variant.flags]
+    arguments += ["--compile", "on"] if torch.cuda.is_available() else []  # on a CPU it is on by itself
     return train_once(folder, arguments + (["--recipe", recipe] if recipe else []))
 
 

@@ -135,6 +135,7 @@ def prepare(model: nn.Module, config: QuantConfig, example: Tensor | None = None
     _quantize_convolutions(model, config, readers, names)
     if config.activation.output is not None:
         insert_output_quantizers(model, config.activation.output, readers, norms)
+    model.to(example.device)  # the fusion nodes are found by running what has been put in so far
     if config.gabfusion.enabled:
         insert_fusion(model, config, example)
     model.to(example.device)
