@@ -324,6 +324,9 @@ class _Collector:
             rows.extend(detection_rows(found, image_id, categories))
             sizes[image_id], labels[image_id] = size, truth.numpy()
         self.output.json.write_text(json.dumps(rows), encoding="utf-8")
+        if self.output.annotations is None and not any(map(len, labels.values())):
+            LOGGER.info(f"{self.output.json} has the detections; there is nothing to measure them by")
+            return
         LOGGER.info(f"Evaluating {self.output.json} with pycocotools...")
         annotations = self.output.annotations or ground_truth(sizes, labels, self.names, categories)
         result.coco = coco_evaluate(annotations, rows, list(sizes))
@@ -491,7 +494,6 @@ def _output_options(file: str | Path, options: argparse.Namespace, spec: Dataset
     folder = results_folder(options.project, options.name, options.exist_ok)
     is_coco = spec.is_coco or str(options.data).endswith("coco.yaml")
     wants_json = (options.save_json or is_coco) and options.task != "speed"
-    annotations = Path(spec.path) / "annotations" / "instances_val2017.json"
     return OutputOptions(
         folder=folder,
         plots=not options.noplots,
@@ -499,10 +501,18 @@ def _output_options(file: str | Path, options: argparse.Namespace, spec: Dataset
         confidence=options.save_conf,
         hybrid=options.save_hybrid,
         json=folder / f"{Path(file).stem}_predictions.json" if wants_json else None,
-        annotations=annotations if is_coco and annotations.is_file() else None,
+        annotations=_annotations(spec, options.task) if is_coco else None,
         coco_numbers=is_coco,
         voc=spec.evaluation == "voc",
     )
+
+
+def _annotations(spec: DatasetSpec, task: str) -> Path | None:
+    """COCO's own annotations of the images that ``task`` measures, where they are there; test images have none."""
+    split = task if task in ("train", "test") else "val"
+    names = [Path(spec.split(split)[0]).stem] + ["val2017"] * (split == "val")
+    files = (Path(spec.path) / "annotations" / f"instances_{name}.json" for name in names)
+    return next((file for file in files if file.is_file()), None)
 
 
 def study(

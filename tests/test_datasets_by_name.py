@@ -173,9 +173,9 @@ def train_an_epoch(data: Path | str, tmp_path: Path) -> Path:
     return train.main(train.parse_arguments(arguments)) / "weights" / "best.pt"
 
 
-def measure(weights: Path, data: Path | str, tmp_path: Path) -> val.Evaluation:
+def measure(weights: Path, data: Path | str, tmp_path: Path, *flags: str) -> val.Evaluation:
     arguments = ["--weights", str(weights), "--data", str(data), "--imgsz", "64", "--workers", "0", "--device", "cpu"]
-    return val.run(val.parse_options([*arguments, "--noplots", "--project", str(tmp_path / "val")]))
+    return val.run(val.parse_options([*arguments, "--noplots", "--project", str(tmp_path / "val"), *flags]))
 
 
 # --- VOC
@@ -300,6 +300,16 @@ def test_coco_is_fetched_converted_trained_on_and_measured(site, tmp_path, capsy
     assert result.images == 3 and result.instances == 18
     assert list((tmp_path / "val").rglob("best_predictions.json"))
     assert len(site.requests) == 3
+    # Each split has its own annotations; test images, here two without labels, have none.
+    assert measure(weights, "coco.yaml", tmp_path, "--task", "train").coco is not None
+    (root / "test").mkdir()
+    images = list_images(root / "val2017.txt")[:2]
+    (root / "test-dev2017.txt").write_text("".join(f"./test/{Path(file).name}\n" for file in images))
+    for file in images:
+        (root / "test" / Path(file).name).write_bytes(Path(file).read_bytes())
+    capsys.readouterr()
+    assert measure(weights, "coco.yaml", tmp_path, "--task", "test").coco is None
+    assert "has the detections; there is nothing to measure them by" in capsys.readouterr().out
 
 
 class Noisy:
