@@ -23,9 +23,10 @@ import torch
 import yaml
 
 from models.yolo import DetectionModel
-from quant.config import AutoBits, QuantConfig, build_config
+from quant.config import AutoBits, QuantConfig
 from quant.precision import check_auto_bits
 from quant.prepare import fusion_readers, prepare
+from quant.recipe import build_config
 from quant.report import float_bytes, quantized_bytes
 from run_report.write import write_report
 from training.batch_size import choose_batch_size

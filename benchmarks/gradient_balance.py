@@ -39,9 +39,10 @@ from torch import Tensor  # noqa: E402
 
 from models.yolo import DetectionModel  # noqa: E402
 from quant.calibrate import calibrate  # noqa: E402
-from quant.config import QuantConfig, build_config, parse_bits  # noqa: E402
+from quant.config import QuantConfig  # noqa: E402
 from quant.gabfusion import GABFusion, calibrate_fusion, fusion_nodes, set_strength  # noqa: E402
 from quant.prepare import example_input, insert_fusion, model_from_checkpoint, prepare  # noqa: E402
+from quant.recipe import build_config, parse_bits  # noqa: E402
 from quant.registry import QUANTIZERS  # noqa: E402
 from quant.training import calibration_batches  # noqa: E402
 from utils.checkpoint import load_checkpoint  # noqa: E402

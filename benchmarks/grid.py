@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from quant.config import parse_bits
+from quant.recipe import parse_bits
 from quant.registry import QUANTIZERS
 from utils.errors import UserError
 

@@ -37,8 +37,9 @@ from models.yolo import DetectionModel  # noqa: E402
 from quant import kernels  # noqa: E402
 from quant.calibrate import calibrate  # noqa: E402
 from quant.compilation import compile_quantizers  # noqa: E402
-from quant.config import DistillationConfig, build_config  # noqa: E402
+from quant.config import DistillationConfig  # noqa: E402
 from quant.prepare import prepare  # noqa: E402
+from quant.recipe import build_config  # noqa: E402
 from quant.registry import QUANTIZERS  # noqa: E402
 from quant.training import QuantizedTraining  # noqa: E402
 from utils.allocation import keep_freed_memory  # noqa: E402

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
         LayerOverride,
         QuantConfig,
         WeightConfig,
-        build_config,
     )
     from quant.fold import fold
     from quant.gabfusion import GABFusion, set_strength, strength_at, update_balance
     from quant.onnx_file import export_onnx
     from quant.prepare import penalty, prepare, quantizers, set_enabled
+    from quant.recipe import build_config
     from quant.report import report
     from utils.errors import UserError
     from utils.optim import build_optimizer
@@ -49,12 +49,12 @@ _HOMES = {
         "LayerOverride",
         "QuantConfig",
         "WeightConfig",
-        "build_config",
     ),
     "quant.fold": ("fold",),
     "quant.gabfusion": ("GABFusion", "set_strength", "strength_at", "update_balance"),
     "quant.onnx_file": ("export_onnx",),
     "quant.prepare": ("penalty", "prepare", "quantizers", "set_enabled"),
+    "quant.recipe": ("build_config",),
     "quant.report": ("report",),
     "utils.errors": ("UserError",),
     "utils.optim": ("build_optimizer",),

@@ -37,9 +37,10 @@ from torch import Tensor, nn
 from models.backend import load_network
 from models.yolo import DetectionModel
 from quant.calibrate import InputSampler, initialise
-from quant.config import BITS, AutoBits, LayerOverride, QuantConfig, build_config
+from quant.config import BITS, AutoBits, LayerOverride, QuantConfig
 from quant.prepare import example_input, placed_bits, trace_convolutions
 from quant.quantizer import Quantizer
+from quant.recipe import build_config
 from quant.registry import QUANTIZERS
 from quant.samples import open_samples
 from utils.command import CommandParser, exit_code

@@ -11,7 +11,7 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 from quant import QuantConfig
-from quant.config import read_recipe
+from quant.recipe import read_recipe
 from utils.hyp import load_hyp
 
 sys.path.insert(0, str(Path(__file__).parent))

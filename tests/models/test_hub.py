@@ -9,9 +9,9 @@ from torch import nn
 from models.common import C3, C3TR, TransformerBlock
 from models.yolo import Detect, DetectionModel, count_gflops, read_model_yaml
 from quant.calibrate import calibrate
-from quant.config import build_config
 from quant.fold import fold
 from quant.prepare import prepare
+from quant.recipe import build_config
 from utils.paths import ROOT
 
 P5 = [8, 16, 32]

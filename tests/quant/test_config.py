@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from quant.config import QuantConfig, build_config, merge, parse_bits
+from quant.config import QuantConfig
+from quant.recipe import build_config, merge, parse_bits
 from utils.errors import UserError
 from utils.hyp import QUANTIZED_DEFAULTS, load_hyp, phase_hyp
 

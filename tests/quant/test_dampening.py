@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from quant.calibrate import calibrate
-from quant.config import build_config
 from quant.dampening import dampening, dampening_factor
 from quant.layers import QuantConv2d
 from quant.prepare import prepare
+from quant.recipe import build_config
 from quant.registry import QUANTIZERS
 
 

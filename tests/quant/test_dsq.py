@@ -9,10 +9,10 @@ from small_detector import float_detector, images
 
 import quant.blocks
 from quant.calibrate import calibrate
-from quant.config import build_config
 from quant.dsq import ALPHA_LIMITS, DSQ, SLOPE, DSQOptions
 from quant.prepare import prepare
 from quant.primitives import SMALLEST_STEP, activation_grid, to_codes, weight_grid
+from quant.recipe import build_config
 from utils.errors import UserError
 from utils.optim import build_optimizer
 

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 
-from quant.config import QuantConfig, build_config
+from quant.config import QuantConfig
 from quant.lsq import LSQ, FixedGrid, LSQPlus
 from quant.primitives import SMALLEST_STEP, Grid, activation_grid, to_codes, weight_grid
 from quant.quantizer import MethodOptions
 from quant.ranges import search_affine_range
+from quant.recipe import build_config
 from quant.registry import QUANTIZERS
 from utils.errors import UserError
 

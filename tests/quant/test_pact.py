@@ -9,7 +9,7 @@ from small_detector import float_detector, images
 from torch import nn
 
 from quant.calibrate import calibrate
-from quant.config import QuantConfig, build_config
+from quant.config import QuantConfig
 from quant.layers import QuantConv2d
 from quant.lsq import FixedGrid
 from quant.pact import (
@@ -26,6 +26,7 @@ from quant.prepare import prepare, quantizers
 from quant.primitives import SMALLEST_STEP, activation_grid, to_codes, weight_grid
 from quant.quantizer import IntegerForm, Quantizer
 from quant.ranges import search_symmetric_step
+from quant.recipe import build_config
 from quant.registry import QUANTIZERS
 from utils.errors import UserError
 from utils.optim import QUANTIZER, build_optimizer, parameter_groups

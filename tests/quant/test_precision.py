@@ -17,7 +17,7 @@ from torch import nn
 import train
 from data.shapes import CLASSES
 from quant.calibrate import calibrate
-from quant.config import QuantConfig, build_config, parse_auto_bits
+from quant.config import QuantConfig
 from quant.layers import QuantConv2d
 from quant.precision import (
     Sensitivity,
@@ -33,6 +33,7 @@ from quant.precision import (
     sensitivity,
 )
 from quant.prepare import model_from_checkpoint, prepare, set_enabled
+from quant.recipe import build_config, parse_auto_bits
 from quant.report import layer_reports, quantized_bytes
 from quant.samples import thin_out
 from utils.checkpoint import load_checkpoint

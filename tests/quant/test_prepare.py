@@ -10,12 +10,13 @@ from torch import nn
 from models.common import Concat
 from models.yolo import DetectionModel
 from quant.calibrate import calibrate
-from quant.config import QuantConfig, build_config
+from quant.config import QuantConfig
 from quant.fold import BranchGrids, IntegerConv2d, fold
 from quant.gabfusion import GABFusion, set_strength
 from quant.layers import QuantConv2d
 from quant.lsq import FixedGrid
 from quant.prepare import fusion_readers, model_from_checkpoint, prepare, quantizers, reading_quantizers, set_enabled
+from quant.recipe import build_config
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.ema import ModelEMA
 from utils.errors import UserError

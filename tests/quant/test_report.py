@@ -12,12 +12,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from quant.calibrate import calibrate
-from quant.config import QuantConfig, build_config
+from quant.config import QuantConfig
 from quant.fold import fold
 from quant.layers import QuantConv2d
 from quant.prepare import prepare
 from quant.primitives import Grid
 from quant.quantizer import IntegerForm, Quantizer
+from quant.recipe import build_config
 from quant.report import (
     LayerReport,
     float_bytes,

@@ -9,9 +9,10 @@ from small_detector import float_detector, images, quantized_detector
 from torch import nn
 
 import quant.training
-from quant.config import QuantConfig, build_config, merge
+from quant.config import QuantConfig
 from quant.gabfusion import GABFusion
 from quant.quantizer import Quantizer
+from quant.recipe import build_config, merge
 from quant.training import QuantizedTraining
 from utils.errors import UserError
 from utils.log import set_verbose

@@ -17,7 +17,7 @@ from small_detector import TINY
 import train
 from models.backend import load_network, metadata_names, metadata_stride
 from models.yolo import DetectionModel
-from quant.config import build_config
+from quant.recipe import build_config
 from utils.checkpoint import load_checkpoint, read_weights, save_checkpoint
 from utils.dataset_yaml import load_dataset_yaml
 from utils.errors import UserError
