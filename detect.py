@@ -188,7 +188,11 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _input_size(options: argparse.Namespace, backend: object) -> tuple[int, int]:
     if backend.fixed_size:
-        return tuple(backend.fixed_size)
+        height, width = backend.fixed_size
+        if options.imgsz not in ([640], [height], [height, width]):  # 640: nothing was asked for
+            asked = " ".join(map(str, options.imgsz))
+            LOGGER.warning(f"{backend.path} was exported for {height}x{width} pixels: --imgsz {asked} does not apply")
+        return height, width
     if len(options.imgsz) > 2 or min(options.imgsz) < 1:
         raise UserError(f"--imgsz {' '.join(map(str, options.imgsz))}: give one number, or height and width")
     height, width = options.imgsz if len(options.imgsz) == 2 else options.imgsz * 2

@@ -445,6 +445,8 @@ def run_file(
         height, width = backend.fixed_size
         if height != width:
             raise UserError(f"{file} takes images of {height}x{width}: val.py needs a square or dynamic input")
+        if options.imgsz and image_size != height:
+            LOGGER.warning(f"{file} was exported for {height}x{width} pixels: --imgsz {options.imgsz} does not apply")
         image_size, rect = height, False
     else:
         image_size = -(-image_size // backend.stride) * backend.stride

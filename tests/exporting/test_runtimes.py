@@ -22,6 +22,7 @@ from small_detector import (
     tiny_detector,
 )
 
+import detect
 from models.backend import load_backend
 from models.openvino_backend import in_openvino
 from quant.registry import QUANTIZERS
@@ -114,6 +115,14 @@ def test_a_fixed_size_is_named(float_files):
             load_backend(file)(images(1, 64, 32))
 
 
+def test_a_size_that_does_not_apply_is_said(float_files, tmp_path, capsys):
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((SIDE, SIDE, 3), np.uint8))
+    flags = ["--weights", str(float_files[0]), "--source", str(tmp_path / "a.png"), "--project", str(tmp_path)]
+    for size, said in (("64", 1), (str(SIDE), 0)):
+        assert detect.main([*flags, "--imgsz", size]) == 0
+        assert capsys.readouterr().out.count("was exported for 32x32 pixels: --imgsz 64 does not apply") == said
+
+
 def test_open_sizes(tmp_path):
     path = save(confident(float_detector(TINY)), tmp_path / "best.pt")
     run_export(path, "--include", *("torchscript", "openvino", "onnx"), "--dynamic")
@@ -146,8 +155,6 @@ def test_broken_files_are_refused(tmp_path, float_files):
 
 
 def test_the_same_network_gives_the_same_picture_in_every_format(float_files, tmp_path):
-    import detect
-
     rng = np.random.default_rng(0)
     cv2.imwrite(str(tmp_path / "a.png"), cv2.resize(rng.integers(0, 255, (6, 6, 3), np.uint8), (SIDE, SIDE)))
     texts = []
