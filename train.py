@@ -44,6 +44,7 @@ from training.options import (
 from training.phases import (
     best_model,
     build_float_model,
+    check_start,
     check_teacher,
     float_phase,
     load_teacher,
@@ -118,16 +119,19 @@ def prepare_run(options: argparse.Namespace, resume: dict | None = None, save_di
     names = {0: "item"} if options.single_cls and spec.nc != 1 else dict(spec.names)
     limit_threads()
     seed_everything(options.seed + 1)
-    if resume is not None and options.needs_float:
+    quantized = bool(options.quant or options.recipe)
+    if resume is not None and (options.needs_float or not quantized):
         model = DetectionModel(resume["model_yaml"])
         model.names = names
     else:
+        if resume is not None:
+            check_start(options)
         model, fits = build_float_model(options, names, hyp.get("anchors"))
         if resume is None:
             check_frozen(options, len(model.model))
             options.needs_float = not fits or options.float_phase_asked
     config = None
-    if options.quant or options.recipe:
+    if quantized:
         if resume is not None:
             saved = distributed.from_main(lambda: (save_dir / "quant.yaml").read_text(encoding="utf-8"))
             config = QuantConfig.from_dict(yaml.safe_load(saved), str(save_dir / "quant.yaml"))

@@ -237,6 +237,30 @@ def test_a_run_of_relative_paths_resumes_from_anywhere(cfg, data, tmp_path, monk
     assert Path.cwd() == elsewhere and not list(elsewhere.iterdir())
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_start_of_a_run_is_gone_when_it_resumes(quantized, both_phases, data, tmp_path, monkeypatch):
+    """A float run has all that it needs in its checkpoint, a quantized one compares with its start to the end."""
+    start = tmp_path / "start.pt"
+    start.write_bytes((both_phases / "weights" / "float_best.pt").read_bytes())
+    save = Trainer._finish_epoch
+
+    def stop(self, *values):
+        save(self, *values)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_finish_epoch", stop)
+        method = ["--quant", "lsq"] if quantized else []
+        run(tmp_path, "one", "--weights", str(start), "--data", data, "--epochs", "2", *method)
+    start.unlink()
+    resume = train.parse_arguments(["--resume", str(tmp_path / "one" / "weights" / "last.pt")])
+    if quantized:
+        with pytest.raises(UserError, match=r"--weights .*start.pt, which this run started with, is gone"):
+            train.main(resume)
+    else:
+        assert len(read_results(train.main(resume) / "results.csv")) == 2
+
+
 @pytest.mark.parametrize("images", [8, 0])
 def test_validated_statistics_are_those_of_the_averaged_weights(images, both_phases, data, tmp_path):
     """Computed once more from the saved network and the same images, they are the same; or not, if switched off."""

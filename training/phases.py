@@ -7,6 +7,7 @@ import copy
 import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import yaml
@@ -35,6 +36,7 @@ from training.trainer import QUANTIZED_EPOCHS, Trainer
 from utils import distributed
 from utils.anchors import check_anchors
 from utils.checkpoint import Weights, load_checkpoint, read_weights, transfer
+from utils.downloads import find_weights
 from utils.errors import UserError
 from utils.log import LOGGER
 from utils.paths import write_text_at_once
@@ -73,6 +75,17 @@ def build_float_model(
         model.load_state_dict({name: weights.state_dict[name] for name in skipped}, strict=False)
         LOGGER.info(f"Anchors: those of {options.weights} stay, since no float phase follows that could learn others")
     return model, fits
+
+
+def check_start(options: argparse.Namespace) -> None:
+    """Raises UserError where a run that is resumed misses the float weights that it started from."""
+    for flag in ("weights", "teacher"):
+        file = getattr(options, flag)
+        if file and not find_weights(file).is_file():
+            raise UserError(
+                f"--{flag} {file}, which this run started with, is gone. It is needed to the end, to compare and to "
+                f"learn from: put it back at {Path(file).absolute()}"
+            )
 
 
 def load_teacher(file: str, names: dict[int, str]) -> DetectionModel:
