@@ -613,5 +613,5 @@ def test_a_new_method_is_one_class_and_one_registry_line(monkeypatch):
     losses = train(model)
     assert losses[-1] < 0.3 * losses[0]
     monkeypatch.undo()
-    with pytest.raises(UserError, match="'average' is not possible; choose one of lsq"):
+    with pytest.raises(UserError, match="--quant average: it takes lsq"):
         build_config("average", 4)
