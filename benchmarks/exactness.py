@@ -105,7 +105,8 @@ def run(options: argparse.Namespace) -> None:
     data, weights = Path(options.data).name, Path(options.weights).name
     command = f"python benchmarks/exactness.py --weights {weights} --data {data} --imgsz {options.imgsz}"
     command += f" --epochs {options.epochs}"
-    kind = f"{options.epochs} quantized epochs" if options.epochs else "calibrated only"
+    command += f" --methods {' '.join(options.methods)}" if options.methods != sorted(QUANTIZERS) else ""
+    kind = f"quantized epochs: {options.epochs}" if options.epochs else "calibrated only"
     lines = [f"## Codes and accuracy of exported files: {Path(data).stem}, {options.imgsz} px", "", f"`{command}`", ""]
     lines += [f"{date.today().isoformat()}, {machine()}. Networks: {kind}. {EXPLANATION}", ""]
     lines += [f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|"]
