@@ -3,6 +3,8 @@
 import re
 import shlex
 import shutil
+import subprocess
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -77,3 +79,40 @@ def test_the_page_in_order(folder, capsys):
         # detect.py pads by fractions of a pixel on the way back.
         np.testing.assert_allclose(rows, expected[: len(rows)], atol=0.5)
         assert len(rows) in (100, len(expected))
+
+
+# The page leaves ``prepare`` to the reader; here it reads numbers that are prepared already.
+PREPARE = """
+#include <fstream>
+std::vector<float> prepare(const std::string&, int size) {
+    std::vector<float> images(3 * size * size);
+    std::ifstream("input.bin", std::ios::binary).read(reinterpret_cast<char*>(images.data()), 4 * images.size());
+    return images;
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_the_openvino_program(folder):
+    openvino = pytest.importorskip("openvino")
+    package = Path(openvino.__file__).parent
+    libraries = sorted((package / "libs").glob("libopenvino.so*"))
+    if not (package / "include" / "openvino" / "openvino.hpp").exists() or not libraries:
+        pytest.skip("this openvino package has no headers")
+    assert export.main(["--weights", "best.pt", "--include", "openvino"]) == 0
+    page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    (program,) = [text for text in re.findall(r"```cpp\n(.*?)```", page, re.DOTALL) if "openvino.hpp" in text]
+    assert "640, 640" in program
+    Path("program.cpp").write_text(program.replace("640", "64") + PREPARE)
+    flags = ["-std=c++17", "-O0", f"-I{package / 'include'}", "program.cpp", "-o", "program", str(libraries[0])]
+    subprocess.run(["g++", *flags, f"-Wl,-rpath,{libraries[0].parent}"], check=True)
+    picture = images(1, 64, 64).numpy()
+    Path("input.bin").write_bytes(picture.tobytes())
+    printed = subprocess.run(["./program"], check=True, capture_output=True, text=True).stdout
+    found = np.array([line.split() for line in printed.splitlines()], float)
+    core = openvino.Core()
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    rows = core.compile_model("best_openvino_model/best.xml", "CPU", settings)([picture])[0][0]
+    expected = rows[rows[:, 4] > 0.25]
+    assert len(expected) > 10
+    np.testing.assert_allclose(found, expected[:, :5], atol=0.006)
