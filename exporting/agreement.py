@@ -26,7 +26,7 @@ from exporting.subject import Subject
 from models.backend import Backend, OnnxBackend, load_backend, suppress
 from models.openvino_backend import OpenVinoBackend, in_openvino
 from quant.onnx_graph import ExportedGraph
-from quant.verify import Runtime, Verification, in_onnxruntime, references, verify, verify_outputs
+from quant.verify import Runtime, Verification, in_onnxruntime, references, shortened, verify, verify_outputs
 from utils.dataset import create_dataloader
 from utils.dataset_yaml import DatasetSpec, load_dataset_yaml, prepare_dataset
 from utils.errors import UserError
@@ -215,6 +215,10 @@ def _inside(subject: Subject, backend: Backend) -> tuple[ExportedGraph | None, R
     return graph, runtime
 
 
+def _problems(result: Agreement) -> list[str]:
+    return shortened(result.problems, f"{result.path}: ")
+
+
 def table(subject: Subject, results: Sequence[Agreement], data: str) -> str:
     """A few readable lines: accuracy of the network and of each file, and what was found inside."""
     width = max(len(str(result.path)) for result in results)
@@ -228,8 +232,8 @@ def table(subject: Subject, results: Sequence[Agreement], data: str) -> str:
         )
     for result in results:
         if result.codes is not None:
-            lines.append(f"{result.path}, {result.codes.images} of these images:\n{result.codes.table()}")
+            lines.append(f"{result.path}, {result.codes.images} of these images:\n{result.codes.counts()}")
         else:
             lines.append(f"{result.path}: only its mAP was compared, its layers are not those that this version writes")
-    lines += [f"PROBLEM: {problem}" for result in results for problem in result.problems]
+    lines += [f"PROBLEM: {problem}" for result in results for problem in _problems(result)]
     return "\n".join(lines)

@@ -42,6 +42,7 @@ HALF_DISTANCE = 0.03
 # Relative L2 distance beyond which flipped codes no longer explain that outputs differ. Flips multiply from layer to
 # layer until the rounding noise of both sides is unrelated, which is 1 % at 8 bits and tens of percent at 2.
 GROSS_DIFFERENCE = 0.5
+SHOWN_PROBLEMS = 5
 
 
 @dataclass
@@ -123,7 +124,12 @@ class Verification:
         return f"outputs within {self.largest_difference if self.without_flip else self.largest_relative:.1g}"
 
     def table(self) -> str:
-        """Returns a few readable lines."""
+        """A few readable lines, and one for each of the first problems."""
+        lines = [self.counts(), *(f"  PROBLEM: {problem}" for problem in shortened(self.problems))]
+        return "\n".join(lines)
+
+    def counts(self) -> str:
+        """The lines without the problems."""
         lines = []
         if self.quantized and self.inside:
             for title, count in (("quantizers", self.quantizers), ("layers", self.layers)):
@@ -145,8 +151,13 @@ class Verification:
                 f"  {'training':<12}{self.trained_equal:>4} of {self.images} images as before folding, relative "
                 f"distance {self.trained_relative:.2g}"
             )
-        lines += [f"  PROBLEM: {problem}" for problem in self.problems]
         return "\n".join(lines)
+
+
+def shortened(problems: Sequence[str], owner: str = "") -> list[str]:
+    """The first ``SHOWN_PROBLEMS`` problems, and how many more ``owner`` has: a wrong bias differs in every image."""
+    more = len(problems) - SHOWN_PROBLEMS
+    return [*problems[:SHOWN_PROBLEMS], *([f"{owner}and {more} more like these"] if more > 0 else [])]
 
 
 # Names of inner tensors -> a function from images (B, 3, H, W) to these tensors by name, the images among them.
@@ -233,7 +244,8 @@ def _check_layers(
     theirs = torch.from_numpy(tensors[exported.decoded])
     if not outputs_agree(decoded, theirs):
         largest = (decoded - theirs).abs().max()
-        result.problems.append(f"the head differs by {largest:.2g} from the network on the file's own codes")
+        said = f"image {result.images}: the head differs by {largest:.2g} from the network on the file's own codes"
+        result.problems.append(said)
 
 
 @torch.no_grad()
@@ -332,9 +344,12 @@ def verify(
         _compare_outputs(result, reference.decoded, theirs, flipped)
         if reference.trained is not None:
             _compare_trained(result, reference.trained, theirs)
-    for title, count in (("quantizer", result.quantizers), ("layer", result.layers)):
-        for name, number in count.where.items():
-            result.problems.append(f"{title} {name}: {number} codes differ away from any rounding boundary")
+    inside = [
+        f"{title} {name}: {number} codes differ away from any rounding boundary"
+        for title, count in (("quantizer", result.quantizers), ("layer", result.layers))
+        for name, number in count.where.items()
+    ]
+    result.problems[:0] = inside  # first: they say where it begins
     return result
 
 
