@@ -24,6 +24,7 @@ from dataclasses import asdict
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -190,7 +191,7 @@ def run_all(file: Path, grid: Grid, output: Path, jobs: int) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1)))
     missing = [cell for cell in grid.cells if not (output / cell.name / RESULT).exists()]
     failed = 0
-    with ProcessPoolExecutor(jobs, get_context("spawn"), os.chdir, (ROOT,)) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), begin, (os.getpid(),)) as pool:
         running = {pool.submit(run_logged, cell, grid, output): cell for cell in missing}
         for future in as_completed(running):
             cell = running[future]
@@ -198,6 +199,18 @@ def run_all(file: Path, grid: Grid, output: Path, jobs: int) -> int:
             outcome = f"FAILED, see {output / cell.name / LOG}" if future.exception() else "done"
             LOGGER.info(f"{cell.name}: {outcome}")
     return failed
+
+
+def begin(parent: int) -> None:
+    """What each process does first. It ends with ``parent``: one that was killed left its trainings running."""
+    os.chdir(ROOT)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def run_logged(cell: Cell, grid: Grid, output: Path) -> None:

@@ -33,12 +33,15 @@ def active(x: Tensor, steps: Tensor | float, thresholds: int = 0) -> bool:
     """Whether kernels are to be used for ``x``. Compiled formulas take a single step, and few thresholds."""
     if not _on or x.device.type == "cpu":
         return native_active(x)
+    if type(x) not in (Tensor, torch.nn.Parameter):  # a tracer's, without memory
+        return False
     return (not isinstance(steps, Tensor) or steps.numel() == 1) and thresholds <= MOST_THRESHOLDS
 
 
 def triton_active(x: Tensor) -> bool:
     """Whether LSQ's Triton kernels are to be used for ``x``."""
-    return _on and x.device.type == "cuda" and x.numel() > 0 and not torch.compiler.is_compiling()
+    real = type(x) in (Tensor, torch.nn.Parameter)  # a tracer's has no memory
+    return _on and real and x.device.type == "cuda" and x.numel() > 0 and not torch.compiler.is_compiling()
 
 
 def native_active(x: Tensor) -> bool:

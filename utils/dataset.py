@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 
 import cv2
 import numpy as np
@@ -370,6 +371,13 @@ def collate_quads(items: Sequence[Item]) -> tuple[torch.Tensor, torch.Tensor, li
 def _start_worker(_worker: int) -> None:
     cv2.setNumThreads(0)  # the workers are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches them too; the main process ends them
+    sys.excepthook = _report_unless_left
+
+
+def _report_unless_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A worker whose main process ends while it hands over a batch has nothing to report."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def create_dataloader(

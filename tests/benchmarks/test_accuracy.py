@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -255,3 +256,8 @@ def test_a_training_that_fails_is_named_and_the_others_go_on(done, modules, caps
 def test_an_unknown_training_is_refused(done, modules, capsys):
     assert command(modules, done, "--only", "nothing") == 1
     assert "nothing" in capsys.readouterr().out
+
+
+def test_a_training_ends_with_the_process_that_started_it():
+    code = "import sys, time; sys.path.insert(0, sys.argv[1]); import accuracy; accuracy.begin(0); time.sleep(60)"
+    assert subprocess.run([sys.executable, "-c", code, str(BENCHMARKS)], timeout=50).returncode == 1

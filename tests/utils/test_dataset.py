@@ -4,7 +4,15 @@ import torch
 
 from utils.augment import denormalise_labels
 from utils.boxes import scale_boxes, xywhn_to_xyxy
-from utils.dataset import DetectionDataset, EpochSampler, collate, collate_quads, create_dataloader, rect_batch_shapes
+from utils.dataset import (
+    DetectionDataset,
+    EpochSampler,
+    _report_unless_left,
+    collate,
+    collate_quads,
+    create_dataloader,
+    rect_batch_shapes,
+)
 from utils.dataset_yaml import load_dataset_yaml
 from utils.errors import UserError
 from utils.images import write_image
@@ -267,3 +275,10 @@ def test_weighted_images_are_drawn_by_their_weights_and_alike_on_every_rank():
         samplers[0].set_epoch(epoch)
         counts += np.bincount([index for _, index in samplers[0]], minlength=10)
     assert counts[2:].sum() == 0 and 0.65 < counts[0] / counts.sum() < 0.75
+
+
+def test_a_loader_process_that_is_left_says_nothing_and_other_errors_are_shown(capsys):
+    _report_unless_left(BrokenPipeError, BrokenPipeError(32, "Broken pipe"), None)
+    assert capsys.readouterr().err == ""
+    _report_unless_left(ValueError, ValueError("a real one"), None)
+    assert "ValueError: a real one" in capsys.readouterr().err
