@@ -34,7 +34,7 @@ from utils.log import LOGGER  # noqa: E402
 
 BITS = (8, 4, 3, 2)
 # For short trainings: the float network teaches nothing, and branch weights move within the few steps that there are.
-RECIPE = "distillation: {logits: 0}\ngabfusion: {enabled: %s, learning_rate: 30}\n"
+RECIPE = "distillation: false\ngabfusion: {enabled: %s, learning_rate: 30}\n"
 HEADER = (
     "method", "bits", "GABFusion", "mAP50", "mAP50-95", "file minus network", "chance", "codes", "on a boundary",
     "steps", "no reason", "without a flip",

@@ -80,7 +80,7 @@ class DataSettings:
         weights: what the float start is trained from (empty: from scratch); under ``float_epochs: 0`` the start itself.
         hyp: hyperparameter YAML.
         float_epochs, epochs: of the start, and of every row (the float reference too).
-        optimizer, cosine: as train.py's flags.
+        optimizer, cosine: as train.py's flags; the optimizer is that of the float start and the float row.
     """
 
     yaml: str

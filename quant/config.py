@@ -199,20 +199,21 @@ class AttentionConfig:
 
 
 # Weights of the terms when a recipe only names them: each gives 6 to 25 % of the task's gradient (YOLOv5n, 3, 4 bit).
-DISTILLATION_WEIGHTS = {"feature_mse": 0.05, "channel_wise": 0.12, "logits": 0.03}
+DISTILLATION_WEIGHTS = {"feature_mse": 0.05, "channel_wise": 0.12, "logits": 0.03, "boxes": 0.03}
 
 
 @dataclass
 class DistillationConfig:
     """Further losses on the teacher's forward pass that ADA also uses; see ``quant.distillation``. 0 switches one off.
 
-    By default the network learns from the float one's raw maps. ``distillation: false`` switches everything off;
-    ``distillation: feature_mse`` or a list of names switches on these terms and no others.
+    By default the network learns from the float one's raw maps and boxes. ``distillation: false`` switches everything
+    off; ``distillation: feature_mse`` or a list of names switches on these terms and no others.
 
     Attributes:
         feature_mse: weight of the relative squared distance of features; ``true`` or its name: 0.05.
         channel_wise: weight of the divergence of each channel's map over space; ``true`` or its name: 0.12.
         logits: weight of the distance of Detect's raw maps; ``true`` or its name: 0.03.
+        boxes: weight of 1 - CIoU with the float network's boxes; ``true`` or its name: 0.03.
         gradient_ratio: of each term, as in ``ada``: weights are only the first ones unless it is 0.
         temperature: of ``channel_wise``.
         layers: list of layer numbers; None takes those that feed Detect.
@@ -221,6 +222,7 @@ class DistillationConfig:
     feature_mse: float = 0.0
     channel_wise: float = 0.0
     logits: float = DISTILLATION_WEIGHTS["logits"]
+    boxes: float = DISTILLATION_WEIGHTS["boxes"]
     gradient_ratio: float = 1.0
     temperature: float = 1.0
     layers: list[int] | None = None
@@ -429,6 +431,11 @@ class QuantConfig:
         if self.auto_bits.average is None:
             return f"w{self.weight.bits}a{self.activation.bits}"
         return f"w{self.auto_bits.average:g}a{self.activation.bits} mixed"
+
+    @property
+    def fewest_bits(self) -> int:
+        """The general bits, of weights or of activations, whichever are fewer; not of single layers."""
+        return min(self.weight.bits, self.activation.bits)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python, as it goes into YAML files and checkpoints."""

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import itertools
+import math
 import os
 from pathlib import Path
 
@@ -143,7 +144,7 @@ def test_other_ways_of_folding(fold_mode, balance, both_phases, data, tmp_path):
 
 def test_every_distillation_term_and_fusion_node_in_one_run(both_phases, data, tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    terms = ["feature_mse", "channel_wise", "logits"]
+    terms = ["feature_mse", "channel_wise", "logits", "boxes"]
     recipe.write_text(yaml.safe_dump({"distillation": terms, "ada": True, "gabfusion": {"scope": "all"}}))
     start = both_phases / "weights" / "float_best.pt"
     options = ["--weights", str(start), "--data", data, "--quant", "lsq", "--recipe", str(recipe), "--epochs", "1"]
@@ -304,7 +305,8 @@ def test_the_quantized_learning_rate_falls_with_every_step(both_phases, data, tm
     monkeypatch.setattr(Trainer, "_optimize", record)
     start = ["--weights", str(both_phases / "weights" / "float_best.pt"), "--data", data, "--hyp", str(hyp)]
     run(tmp_path, "falls", *start, "--quant", "lsq", "--epochs", "3")
-    assert rates == pytest.approx([0.004 * (1 - 0.9 * step / 6) for step in range(6)])  # two batches an epoch
+    shares = [0.1 + 0.9 * (1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]  # two batches an epoch
+    assert rates == pytest.approx([0.004 * share for share in shares])
 
 
 def test_batch_norms_stand_still_at_the_end(both_phases, data, tmp_path, monkeypatch):

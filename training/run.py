@@ -22,6 +22,7 @@ from utils.dataset import collate, create_dataloader
 from utils.dataset_yaml import DatasetSpec
 from utils.devices import select_device
 from utils.errors import UserError
+from utils.hyp import phase_hyp
 from utils.loss import DetectionLoss, scale_loss_gains
 from utils.paths import increment_path, write_text_at_once
 from utils.progress import progress
@@ -117,6 +118,10 @@ class Run:
         self.plain_set = copy.copy(self.train_set)  # the training images as validation sees them, for calibration
         self.plain_set.augment = self.plain_set.mosaic = self.plain_set.rect = False
         self.plain_set.batch_shapes = self.plain_set.batch_index = None  # square, so that images of all shapes stack
+
+    def phase_hyp(self, quantized: bool) -> dict:
+        """The hyperparameters of the float or the quantized phase under their plain names."""
+        return phase_hyp(self.hyp, True, self.config.fewest_bits) if quantized else phase_hyp(self.hyp, False)
 
     def write_settings(self) -> None:
         """Writes opt.yaml, hyp.yaml and, with quantization, quant.yaml. Raises UserError where that is not possible."""

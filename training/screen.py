@@ -12,7 +12,6 @@ from models.yolo import DetectionModel, count_gflops
 from quant.config import QuantConfig
 from training.run import Run
 from utils import distributed
-from utils.hyp import phase_hyp
 from utils.memory import most_used_memory
 from val import Evaluation
 
@@ -119,7 +118,8 @@ def counted_epochs(count: int) -> str:
 
 
 def _rate(run: Run, quantized: bool) -> str:
-    return f"{run.options.optimizer}, learning rate {phase_hyp(run.hyp, quantized)['lr0']:g}"
+    name = run.options.quant_optimizer if quantized else run.options.optimizer
+    return f"{name}, learning rate {run.phase_hyp(quantized)['lr0']:g}"
 
 
 def _quantization(config: QuantConfig, teacher: str) -> list[tuple[str, str]]:

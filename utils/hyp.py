@@ -14,11 +14,13 @@ from utils.yaml_file import read_yaml
 
 DEFAULT_FILE = ROOT / "data" / "hyps" / "hyp.scratch-low.yaml"
 
+REFERENCE_BITS = 4  # those that quant_lr0 is for
 # The quantized phase starts from a converged network, so it needs neither a warm-up of biases at 0.1 nor lr0 0.01.
 QUANTIZED_DEFAULTS: dict[str, float] = {
-    "quant_lr0": 0.002,  # initial learning rate
-    "quant_lrf": 0.05,  # final share of it
-    "quant_momentum": 0.937,  # of SGD; first beta of Adam and AdamW
+    "quant_lr0": 0.0005,  # initial learning rate at 4 bits, for AdamW; SGD wants 0.002
+    "quant_lr_per_bit": 0.5,  # factor of it for every bit above 4, its inverse for every bit below
+    "quant_lrf": 0.01,  # final share of it, along a cosine
+    "quant_momentum": 0.9,  # first beta of Adam and AdamW; of SGD
     "quant_weight_decay": 0.0005,  # of convolutions' weights only
     "quant_warmup_epochs": 0.5,  # in which the learning rate rises from 0
     "quant_parameter_lr": 1.0,  # factor for steps and zero points
@@ -35,7 +37,7 @@ OPTIONAL = ("anchors", "nominal_batch", "ema_decay", "ema_tau", "lr_tail")
 
 # What training divides by, and what makes an optimizer or an augmentation meaningless.
 OVER_ZERO = {"anchors", "momentum", "nominal_batch", "ema_tau"}
-OVER_ZERO |= {"quant_momentum", "quant_nominal_batch", "quant_ema_tau"}
+OVER_ZERO |= {"quant_momentum", "quant_nominal_batch", "quant_ema_tau", "quant_lr_per_bit"}
 UNDER_ONE = {"momentum", "quant_momentum", "warmup_momentum", "scale"}
 
 
@@ -87,9 +89,15 @@ def _read(file: Path) -> dict[str, Any]:
     return values
 
 
-def phase_hyp(hyp: dict[str, Any], quantized: bool) -> dict[str, Any]:
-    """The hyperparameters of one phase under their plain names: in the quantized one ``quant_lr0`` becomes ``lr0``."""
+def phase_hyp(hyp: dict[str, Any], quantized: bool, bits: int = REFERENCE_BITS) -> dict[str, Any]:
+    """The hyperparameters of one phase under their plain names: in the quantized one ``quant_lr0`` becomes ``lr0``.
+
+    Args:
+        bits: of the quantized network, the fewer of weights' and activations'. The rougher the network, the further its
+            weights have to go, and a rate that takes them there costs a network of more bits accuracy.
+    """
     if not quantized:
         return {"nominal_batch": NOMINAL_BATCH, "ema_decay": 0.9999, "ema_tau": 2000.0, "lr_tail": 0.0, **hyp}
     renamed = {key.removeprefix("quant_"): value for key, value in hyp.items() if key.startswith("quant_")}
+    renamed["lr0"] *= hyp.get("quant_lr_per_bit", 1.0) ** (bits - REFERENCE_BITS)  # absent from runs of older versions
     return {**hyp, **renamed, "lr_tail": 0.0, "warmup_bias_lr": 0.0, "warmup_momentum": renamed["momentum"]}

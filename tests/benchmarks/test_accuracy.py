@@ -80,7 +80,7 @@ def test_a_grid_may_have_variants_of_its_own(modules, tmp_path):
 def test_the_grids_that_come_along_are_sound(name, modules):
     grid = modules["grid"].read_grid(BENCHMARKS / "grids" / f"{name}.yaml")
     methods = {cell.method for cell in grid.cells}
-    few = {"ablation", "long", "bifpn"}
+    few = {"ablation", "bifpn"}
     assert methods == ({"float", "lsq"} if name in few else {"float", "lsq", "pact", "dsq", "n2uq"})
     core = {(c.method, c.bits, c.variant, c.seed) for c in grid.cells}
     if name == "core":
@@ -191,15 +191,17 @@ def done(modules, tiny_grid):
     return tiny_grid
 
 
-def test_rows_differ_in_what_they_say_and_in_nothing_else(done):
+def test_rows_differ_in_what_they_say_and_in_nothing_else(done, modules):
     out = done / "out"
     last = {p.name: load_checkpoint(p / "weights" / "last.pt") for p in out.iterdir() if p.is_dir()}
     start = str(out / "drawn_start" / "weights" / "last.pt")
     rows = {name: checkpoint for name, checkpoint in last.items() if name != "drawn_start"}
     assert all(row["options"]["weights"] == start and row["epochs"] == 1 for row in rows.values())
     assert last["drawn_float_seed0"]["quantization"] is None
-    for key in ("lr0", "momentum", "weight_decay", "ema_decay"):
+    for key in ("weight_decay", "nominal_batch", "ema_decay"):
         assert last["drawn_float_seed0"]["hyp"][key] == last["drawn_lsq_w4a4_base_seed0"]["hyp"][f"quant_{key}"]
+    assert last["drawn_float_seed0"]["options"]["optimizer"] == "SGD"
+    assert {key: last["drawn_float_seed0"]["hyp"][key] for key in ("lr0", "momentum")} == modules["accuracy"].FLOAT_SGD
     slow, base = (last[f"drawn_lsq_w4a4_{variant}_seed0"] for variant in ("slow", "base"))
     assert slow["quantization"]["ada"]["enabled"] and slow["quantization"]["distillation"]["feature_mse"] > 0
     assert not base["quantization"]["ada"]["enabled"] and base["quantization"]["distillation"]["feature_mse"] == 0

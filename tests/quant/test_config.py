@@ -94,6 +94,10 @@ def test_hyperparameter_files(tmp_path):
     assert hyp["lr0"] == 0.01 and hyp["quant_lr0"] == QUANTIZED_DEFAULTS["quant_lr0"]
     assert phase_hyp(hyp, False)["lr0"] == 0.01 and phase_hyp(hyp, False)["nominal_batch"] == 64
     assert phase_hyp(hyp, True)["lr0"] == QUANTIZED_DEFAULTS["quant_lr0"]
+    rates = [phase_hyp(hyp, True, bits)["lr0"] / hyp["quant_lr0"] for bits in (2, 3, 4, 8)]
+    assert rates == [4, 2, 1, 1 / 16] and phase_hyp(hyp | {"quant_lr_per_bit": 1.0}, True, 8)["lr0"] == hyp["quant_lr0"]
+    del hyp["quant_lr_per_bit"]  # a run of an older version goes on as it was
+    assert phase_hyp(hyp, True, 2)["lr0"] == hyp["quant_lr0"]
     own = tmp_path / "h.yaml"
     own.write_text("quant_lr0: 1e-3\nlr0: 0.5\n")
     assert load_hyp(own)["quant_lr0"] == 0.001 and load_hyp(own)["momentum"] == 0.937

@@ -1,6 +1,7 @@
 """The distillation terms against loops written out in float64, and that only the student learns."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -8,9 +9,9 @@ import torch
 from torch import nn
 
 from quant.ada import freeze_teacher
-from quant.distillation import bernoulli_kl, channel_wise, distillation_losses, feature_mse, head_logits
+from quant.distillation import bernoulli_kl, box_overlap, channel_wise, distillation_losses, feature_mse, head_logits
 
-TERMS = ["feature_mse", "channel_wise", "logits"]
+TERMS = ["feature_mse", "channel_wise", "logits", "boxes"]
 
 
 def pair(*shape, seed=0):
@@ -83,6 +84,35 @@ def test_head_logits_are_weighted_by_the_teachers_objectness():
     assert head_logits(students, teachers).item() == pytest.approx(total / objects, rel=1e-4)
 
 
+def ciou(first, second):
+    """Of two boxes (x, y, width, height), equations 8 to 11 of arXiv 1911.08287."""
+    (ax, ay, aw, ah), (bx, by, bw, bh) = first, second
+    width = max(min(ax + aw / 2, bx + bw / 2) - max(ax - aw / 2, bx - bw / 2), 0)
+    height = max(min(ay + ah / 2, by + bh / 2) - max(ay - ah / 2, by - bh / 2), 0)
+    iou = width * height / (aw * ah + bw * bh - width * height)
+    hull_width = max(ax + aw / 2, bx + bw / 2) - min(ax - aw / 2, bx - bw / 2)
+    hull_height = max(ay + ah / 2, by + bh / 2) - min(ay - ah / 2, by - bh / 2)
+    distance = ((ax - bx) ** 2 + (ay - by) ** 2) / (hull_width**2 + hull_height**2)
+    aspect = 4 / math.pi**2 * (math.atan(bw / bh) - math.atan(aw / ah)) ** 2
+    return iou - distance - aspect**2 / (1 - iou + aspect)
+
+
+def test_boxes_are_compared_by_ciou_and_weighted_by_the_teachers_objectness():
+    anchors = torch.tensor([[[1.5, 2.0], [4.0, 3.0]], [[2.5, 5.0], [6.0, 1.0]]])  # (levels, anchors, 2)
+    students, teachers = zip(*(pair(2, 2, size, size, 8, seed=level) for level, size in enumerate((3, 2))), strict=True)
+    total = objects = 0.0
+    for student, teacher, sizes in zip(students, teachers, anchors.tolist(), strict=True):
+        for image, anchor, row, column in itertools.product(*(range(n) for n in student.shape[:4])):
+            boxes = []
+            for raw in (student, teacher):
+                x, y, w, h, o = (sigmoid(v) for v in raw[image, anchor, row, column, :5].tolist())
+                size = sizes[anchor]
+                boxes.append((column + 2 * x - 0.5, row + 2 * y - 0.5, (2 * w) ** 2 * size[0], (2 * h) ** 2 * size[1]))
+            total += o * (1 - ciou(*boxes))  # o: the teacher's, which comes last
+            objects += o
+    assert box_overlap(students, teachers, anchors).item() == pytest.approx(total / objects, rel=1e-4)
+
+
 def test_a_picture_without_objects_is_not_divided_by_zero():
     student, teacher = pair(1, 3, 4, 4, 8)
     teacher[..., 4] = -40.0
@@ -92,7 +122,7 @@ def test_a_picture_without_objects_is_not_divided_by_zero():
 
 def arguments(student, teacher):
     raw = [x[:, :, None].transpose(1, 4) for x in (student, teacher)]  # (B, H, 1, W, C): any five numbers and classes
-    return {5: student}, {5: teacher}, [raw[0]], [raw[1]]
+    return {5: student}, {5: teacher}, [raw[0]], [raw[1]], 1.0, torch.ones(1, raw[0].shape[1], 2)
 
 
 @pytest.mark.parametrize("term", TERMS)

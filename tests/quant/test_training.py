@@ -21,7 +21,7 @@ from utils.log import set_verbose
 def companion(model=None, recipe=None, **flags):
     model = quantized_detector(gabfusion=True).train() if model is None else model
     config = build_config("lsq", 4, gabfusion=flags.pop("gabfusion", True), **flags)
-    plain = {"distillation": {"logits": 0.0, "gradient_ratio": 0.0}}
+    plain = {"distillation": {"logits": 0.0, "boxes": 0.0, "gradient_ratio": 0.0}}
     config = QuantConfig.from_dict(merge(merge(config.to_dict(), plain), recipe or {}))
     teacher = float_detector(seed=1) if config.needs_teacher else None
     return QuantizedTraining(model, copy.deepcopy(model), config, teacher, epochs=10)
@@ -76,7 +76,7 @@ def test_attention_that_is_too_weak_or_too_strong_is_said(ratio, word, capsys):
 
 # --- distillation -----------------------------------------------------------------------------------------------------
 
-ALL = {"distillation": {"feature_mse": 2.0, "channel_wise": 3.0, "logits": 4.0}}
+ALL = {"distillation": {"feature_mse": 2.0, "channel_wise": 3.0, "logits": 4.0, "boxes": 5.0}}
 
 
 def run(training, batch):
@@ -100,13 +100,13 @@ def test_all_terms_share_one_forward_pass_of_a_teacher_that_never_changes():
     calls = []
     training.teacher.register_forward_hook(lambda *_: calls.append(1))
     losses, _, _ = run(training, images(2))
-    assert list(losses) == ["ada", "feature_mse", "channel_wise", "logits"] and len(calls) == 1
+    assert list(losses) == ["ada", "feature_mse", "channel_wise", "logits", "boxes"] and len(calls) == 1
     weighted = sum(losses.values())
     weighted.backward()
     assert all(p.grad is None and not p.requires_grad for p in training.teacher.parameters())
     assert all(torch.equal(value, before[name]) for name, value in training.teacher.state_dict().items())
     assert training.model.model[4].cv1.conv.weight.grad.abs().sum() > 0
-    for name, weight in (("feature_mse", 2.0), ("channel_wise", 3.0), ("logits", 4.0)):
+    for name, weight in (("feature_mse", 2.0), ("channel_wise", 3.0), ("logits", 4.0), ("boxes", 5.0)):
         torch.testing.assert_close(losses[name].detach(), training._term_sums[name] * weight * 2)
 
 
@@ -120,7 +120,7 @@ def test_each_term_reports_its_loss_and_its_gradient(capsys):
     finally:
         set_verbose(False)
     out = capsys.readouterr().out
-    for name in ("ada", "feature_mse", "channel_wise", "logits"):
+    for name in ("ada", "feature_mse", "channel_wise", "logits", "boxes"):
         assert values[f"quant/{name}_loss"] > 0 and values[f"quant/{name}_gradient_ratio"] > 0
         assert f"quant/{name}_loss" in training.columns and f"{name} loss" in out
 
@@ -128,7 +128,7 @@ def test_each_term_reports_its_loss_and_its_gradient(capsys):
 def test_weights_follow_the_gradient_ratio_that_was_asked_for(monkeypatch):
     monkeypatch.setattr(quant.training, "WEIGHT_RANGE", 1e9)  # these random networks are far from where weights end
     recipe = {
-        "distillation": {"feature_mse": 2.0, "logits": 4.0, "gradient_ratio": 0.5},
+        "distillation": {"feature_mse": 2.0, "logits": 4.0, "boxes": 0.0, "gradient_ratio": 0.5},
         "ada": {"gradient_ratio": 0.1},
     }
     training = companion(ada="kl", recipe=recipe)
@@ -152,7 +152,7 @@ def test_weights_follow_the_gradient_ratio_that_was_asked_for(monkeypatch):
 
 
 def test_a_weight_that_follows_a_ratio_stays_within_bounds():
-    training = companion(recipe={"distillation": {"logits": 0.03, "gradient_ratio": 1.0}})
+    training = companion(recipe={"distillation": {"logits": 0.03, "boxes": 0.0, "gradient_ratio": 1.0}})
     loss = {"logits": torch.tensor(2.0)}
     for ratio in (0.0, math.inf, math.nan):
         training.gradient_ratios = {"logits": ratio}
@@ -201,13 +201,13 @@ def test_terms_may_look_at_other_layers_than_attention():
         companion(recipe={"distillation": {"logits": 1.0, "layers": [99]}})
 
 
-def test_by_default_a_network_learns_from_the_teachers_logits():
+def test_by_default_a_network_learns_from_the_teachers_logits_and_boxes():
     config = QuantConfig.from_dict({})
-    assert config.needs_teacher and list(config.distillation.weights) == ["logits"]
-    assert QuantConfig.from_dict({"distillation": "logits"}) == config
+    assert config.needs_teacher and list(config.distillation.weights) == ["logits", "boxes"]
+    assert QuantConfig.from_dict({"distillation": ["logits", "boxes"]}) == config
     assert list(QuantConfig.from_dict({"distillation": "feature_mse"}).distillation.weights) == ["feature_mse"]
     assert list(QuantConfig.from_dict({"distillation": {"feature_mse": 1.0}}).distillation.weights) == [
-        "feature_mse", "logits",
+        "feature_mse", "logits", "boxes",
     ]  # fmt: skip
     model = quantized_detector()
     with pytest.raises(UserError, match="need a float teacher"):
@@ -216,7 +216,7 @@ def test_by_default_a_network_learns_from_the_teachers_logits():
 
 def test_names_stand_for_the_tuned_weights():
     one = QuantConfig.from_dict({"distillation": ["feature_mse", "logits"]}).distillation
-    block = {"feature_mse": True, "logits": True, "channel_wise": False}
+    block = {"feature_mse": True, "logits": True, "channel_wise": False, "boxes": False}
     two = QuantConfig.from_dict({"distillation": block}).distillation
     assert one == two and list(one.weights) == ["feature_mse", "logits"]
     assert not QuantConfig.from_dict({"distillation": False}).needs_teacher
