@@ -134,7 +134,7 @@ def prepare_run(options: argparse.Namespace, resume: dict | None = None, save_di
     if quantized:
         if resume is not None:
             saved = distributed.from_main(lambda: (save_dir / "quant.yaml").read_text(encoding="utf-8"))
-            config = QuantConfig.from_dict(yaml.safe_load(saved), str(save_dir / "quant.yaml"))
+            config = QuantConfig.from_saved(yaml.safe_load(saved), str(save_dir / "quant.yaml"))
         else:
             config = quantization_of(options, model)
     check_phases(options, config)

@@ -285,7 +285,7 @@ def measure_float(meter: Meter, name: str, checkpoint: dict) -> None:
 def measure_trained(meter: Meter, name: str, checkpoint: dict) -> None:
     """A quantized checkpoint as its training left it."""
     model = model_from_checkpoint(checkpoint)
-    config = QuantConfig.from_dict(checkpoint["quantization"])
+    config = QuantConfig.from_saved(checkpoint["quantization"], "the checkpoint")
     bits = f"w{config.weight.bits}a{config.activation.bits}"
     state = TRAINED if fusion_nodes(model) else "plain"
     if state == "plain":

@@ -177,13 +177,13 @@ class AttentionAlignment(nn.Module):
         self.gamma, self.quantized = gamma, quantized
 
     def _map(self, x: Tensor, reader: Quantizer | None) -> Tensor:
-        quantized = None if reader is None else reader(x)
-        if reader is not None and self.quantized:
-            x = quantized
         if self.attention == "simam":
-            return simam_energy(x)
-        step = None if reader is None else reader.current_step().detach()
-        return quantization_saliency(x, quantized, step, self.gamma)
+            return simam_energy(reader.in_own_scale(x) if reader is not None and self.quantized else x)
+        if reader is None:
+            return quantization_saliency(x, None, None, self.gamma)
+        quantized = reader(x)
+        x = quantized if self.quantized else reader.equalized(x)  # as the grid sees it: errors are counted in its steps
+        return quantization_saliency(x, quantized, reader.current_step().detach(), self.gamma)
 
     def forward(
         self, student: dict[int, Tensor], teacher: dict[int, Tensor], readers: dict[int, Quantizer | None]
@@ -201,7 +201,7 @@ class AttentionAlignment(nn.Module):
             reader = readers.get(index) if needs_reader else None
             with torch.autocast(feature.device.type, enabled=False):
                 if self.attention == "simam" and self.normalisation == "softmax":
-                    read = feature if reader is None else reader(feature)
+                    read = feature if reader is None else reader.in_own_scale(feature)
                     losses.append(
                         _SimamDivergence.apply(read, teacher[index].detach(), self.divergence, self.temperature)
                     )

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from quant.equalize import equalize
 from quant.gabfusion import calibrate_fusion
 from quant.layers import QuantConv2d
 from quant.lsq import FixedGrid
@@ -25,8 +26,9 @@ class InputSampler:
         self.share = max(SAMPLE_LIMIT // max(batches, 1), 256)
         self.parts: list[Tensor] = []
 
-    def __call__(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        values = inputs[0].detach().float().reshape(-1)
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        values = inputs[0].detach().float()
+        values = (module.equalized(values) if isinstance(module, Quantizer) else values).reshape(-1)
         stride = max(values.numel() // self.share, 1)
         # An odd stride, so that the sample does not stand on the same column of every row or channel of every pixel.
         self.parts += [values[:: stride | 1], values.min().reshape(1), values.max().reshape(1)]
@@ -52,6 +54,10 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
         raise UserError("this model has no quantizers to calibrate: prepare it first")
     was_training = model.training
     model.eval()
+    exponent = getattr(model, "quantization", {}).get("activation", {}).get("equalization", 0.0)
+    if any(quantizer.inverse_equalizer is not None for quantizer in quantizers(model).values()):
+        set_enabled(model, False)
+        equalize(model, progress(batches, "equalization"), exponent)
     weight_quantizers = set()
     for name, module in model.named_modules():
         if isinstance(module, QuantConv2d):

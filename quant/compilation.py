@@ -61,6 +61,7 @@ def compile_quantizers(
 @torch.enable_grad()
 def _try(quantizer: Quantizer, dtype: torch.dtype) -> None:
     quantizer = copy.deepcopy(quantizer)
+    quantizer.inverse_equalizer = None  # tried on tensors of other channel counts
     rows = quantizer.channels
     for shape in ((rows or 2, 3, 4, 4), (rows or 1, 5, 6, 6)):  # two, so that a kernel for one size only would show now
         x = torch.rand(shape, device=quantizer.initialised.device).to(dtype)

@@ -70,18 +70,22 @@ class ActivationConfig:
         output: bits of a quantizer on the result of every convolution, in front of the activation function; 8 is what
             it is meant for, None leaves it out. onnxruntime runs convolutions in integers only with it.
         image: the 8-bit grid of the network's input: ``fixed`` for values 0 to 1, ``learned`` for any others.
+        equalization: how much of the differences between an input's channels the weights take over, 0 to 1; 0: none.
+            See ``quant.equalize``. Not together with ``output`` or a GABFusion whose normalisation stays.
     """
 
     bits: int = 4
     scheme: str = "auto"
     output: int | None = None
     image: str = "fixed"
+    equalization: float = 0.5
 
     def validate(self, where: str) -> None:
         _choice(f"{where}.bits", self.bits, BITS)
         _choice(f"{where}.scheme", self.scheme, ("auto", "affine", "unsigned", "signed"))
         _choice(f"{where}.output", self.output, (None, *BITS))
         _choice(f"{where}.image", self.image, ("fixed", "learned"))
+        _number(f"{where}.equalization", self.equalization, 0, 1)
         if self.output is not None and self.scheme == "signed":
             raise UserError(
                 f"{where}: output needs inputs without a sign (onnxruntime's integer convolution reads and writes "
@@ -433,6 +437,13 @@ class QuantConfig:
         return f"w{self.auto_bits.average:g}a{self.activation.bits} mixed"
 
     @property
+    def equalizes(self) -> bool:
+        """Whether channels of inputs are equalized: not where integer operators read what a convolution writes, nor
+        where a fusion leaves a shift of whole steps in front of the quantizer, or its statistics."""
+        exact = not self.gabfusion.enabled or self.gabfusion.fold == "anneal"
+        return self.activation.equalization > 0 and self.activation.output is None and exact
+
+    @property
     def fewest_bits(self) -> int:
         """The general bits, of weights or of activations, whichever are fewer; not of single layers."""
         return min(self.weight.bits, self.activation.bits)
@@ -455,6 +466,15 @@ class QuantConfig:
         config = _from_dict(cls, values, where, "")
         config.validate(where)
         return config
+
+    @classmethod
+    def from_saved(cls, values: dict[str, Any], where: str) -> QuantConfig:
+        """``from_dict`` for what ``to_dict`` once wrote: keys that did not exist then are off, whatever a recipe's
+        default is now."""
+        defaults = {"activation": {"equalization": 0.0}, "distillation": {"boxes": 0.0}}
+        given = {key: value for key, value in values.items() if isinstance(value, dict)}
+        old = {key: {**keys, **given[key]} for key, keys in defaults.items() if key in given}
+        return cls.from_dict({**values, **old}, where)
 
     def check_layers(self, count: int) -> None:
         """Raises UserError if a layer to learn a teacher's features from is not among the first ``count``."""

@@ -104,10 +104,27 @@ class ActivationGrid(nn.Module):
         return f"bits={self.bits}, codes={self.qmin}..{self.qmax}, zero_point={self.zero_point}{kind}"
 
 
+class EqualizedGrid(nn.Module):
+    """A grid behind a constant factor for each channel (``quant.equalize``): (B, C, H, W) -> quantized values.
+
+    Attributes:
+        inverse_equalizer: (C, 1, 1) float32.
+        grid: ``ActivationGrid``.
+    """
+
+    def __init__(self, inverse_equalizer: Tensor, grid: ActivationGrid) -> None:
+        super().__init__()
+        self.register_buffer("inverse_equalizer", inverse_equalizer.detach().clone().float())
+        self.grid = grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.grid(x * self.inverse_equalizer)
+
+
 class BranchGrids(nn.Module):
     """Quantizes each branch of a Concat with its own step, then concatenates: K tensors -> (B, sum C_i, H, W)."""
 
-    def __init__(self, grids: list[ActivationGrid]) -> None:
+    def __init__(self, grids: list[ActivationGrid | EqualizedGrid]) -> None:
         super().__init__()
         self.grids = nn.ModuleList(grids)
 
@@ -293,8 +310,14 @@ def _keeps_normalisation(model: nn.Module) -> bool:
 def _grid(quantizer: Quantizer, made: dict[int, nn.Module]) -> nn.Module:
     """The constants of ``quantizer``; readers that shared a quantizer share its constants."""
     if id(quantizer) not in made:
-        made[id(quantizer)] = ActivationGrid(quantizer.integer(), quantizer.bits)
+        made[id(quantizer)] = _with_factors(quantizer, ActivationGrid(quantizer.integer(), quantizer.bits))
     return made[id(quantizer)]
+
+
+def _with_factors(quantizer: Quantizer, grid: ActivationGrid, channels: slice = slice(None)) -> nn.Module:
+    """``grid`` behind the factors that ``quantizer`` has for ``channels`` of its input, if it has any."""
+    factors = quantizer.inverse_equalizer
+    return grid if factors is None else EqualizedGrid(factors[channels], grid)
 
 
 @torch.no_grad()
@@ -346,14 +369,24 @@ def _fold_fusions(model: nn.Module, flow: Flow) -> None:
             continue
         factors, shift = _branch_factors(balance, len(flow.branches[name]))
         if isinstance(reader, Quantizer):
-            form = reader.integer()
-            module.balance = BranchGrids([ActivationGrid(form, reader.bits, factor, shift) for factor in factors])
+            channels = [flow.channels[branch] for branch in flow.branches[name]]
+            module.balance = BranchGrids(_branch_grids(reader, factors, shift, channels))
             _replace_reader(model, reader, None)
         elif type(reader) is nn.BatchNorm2d and reader.affine and balance is not None and shift == 0:
             _scale_norm_input(reader, factors, [flow.channels[branch] for branch in flow.branches[name]])
             module.balance = None
         elif balance is not None:
             module.balance = ScaledBranches("concat", factors, shift * float(balance.snap_step))
+
+
+def _branch_grids(reader: Quantizer, factors: list[Tensor], shift: int, channels: list[int]) -> list[nn.Module]:
+    """One grid a branch, of ``channels`` channels each, in place of the quantizer behind a Concat."""
+    form, grids, first = reader.integer(), [], 0
+    for factor, count in zip(factors, channels, strict=True):
+        grid = ActivationGrid(form, reader.bits, factor, shift)
+        grids.append(_with_factors(reader, grid, slice(first, first + count)))
+        first += count
+    return grids
 
 
 def _reads_once(name: str, flow: Flow) -> bool:
@@ -385,7 +418,9 @@ def _fold_add(model: nn.Module, module: Add, flow: Flow, node: str, reader: nn.M
         multiply.append(torch.ones(()) if norm is not None else relative)
     offset = 0.0
     if isinstance(reader, Quantizer):
-        _replace_reader(model, reader, ActivationGrid(reader.integer(), reader.bits, common, shift))
+        _replace_reader(
+            model, reader, _with_factors(reader, ActivationGrid(reader.integer(), reader.bits, common, shift))
+        )
     else:
         offset = shift * float(step)
     needed = offset != 0 or any(float(factor) != 1 for factor in multiply)

@@ -307,6 +307,86 @@ def call_name(module: str, number: int) -> str:
     return module if number == 1 else f"{module}@{number}"
 
 
+def hoist_factors(graph: GraphProto) -> None:
+    """Moves constant factors of channels that stand in front of grids (``quant.equalize``) in front of what
+    concatenates, repeats or takes a maximum, so that the grids can follow.
+
+    Exact: multiplying by a positive number is element by element and never decreasing.
+    """
+    channels = _channels(graph)
+    changed = True
+    while changed:
+        changed, nodes, made_by = False, [], producers(graph.node)
+        stored = {tensor.name: tensor for tensor in graph.initializer}
+        readers: dict[str, list[NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                readers.setdefault(name, []).append(node)
+        for node in graph.node:
+            behind = readers.get(node.output[0], [])
+            grids = behind and all(reader.op_type in ("ActivationGrid", *_POOLS, "Concat") for reader in behind)
+            factor = stored.get(node.input[1]) if node.op_type == "Mul" and grids else None
+            source = made_by.get(node.input[0])
+            moved = None
+            if factor is not None and source is not None and len(factor.dims) == 3 and list(factor.dims[1:]) == [1, 1]:
+                moved = _factor_in_front(graph, node, source, factor, channels)
+            nodes.extend([node] if moved is None else moved)
+            changed |= moved is not None
+        _write_nodes(graph, nodes)
+
+
+_POOLS = ("MaxPool", "Resize")
+
+
+_KEEP_CHANNELS = {"ActivationGrid", "Add", "BatchNormalization", "Clip", "HardSigmoid", "HardSwish", "LeakyRelu", "Mul"}
+_KEEP_CHANNELS |= {"PRelu", "Relu", "Sigmoid", "Softplus", "Tanh", *_POOLS}
+
+
+def _channels(graph: GraphProto) -> dict[str, int]:
+    """Tensor -> how many channels it has, as far as convolutions and what follows them tell."""
+    sizes = {tensor.name: tensor.dims[0] for tensor in graph.initializer if len(tensor.dims) == 4}
+    found: dict[str, int] = {}
+    for node in graph.node:
+        if node.op_type == "IntegerWeight" and node.input[0] in sizes:
+            sizes[node.output[0]] = sizes[node.input[0]]
+        elif node.op_type == "Conv" and node.input[1] in sizes:
+            found[node.output[0]] = sizes[node.input[1]]
+        elif node.op_type == "Concat" and all(name in found for name in node.input) and attributes(node)["axis"] == 1:
+            found[node.output[0]] = sum(found[name] for name in node.input)
+        elif node.op_type in _KEEP_CHANNELS:
+            known = [found[name] for name in node.input if name in found]
+            if known:
+                found[node.output[0]] = max(known)
+    return found
+
+
+def _factor_in_front(
+    graph: GraphProto, node: NodeProto, source: NodeProto, factor: TensorProto, channels: dict[str, int]
+) -> list[NodeProto] | None:
+    """What replaces ``source -> Mul node`` when the multiplication goes first, or None where it must not."""
+    values = numpy_helper.to_array(factor)
+    if source.op_type == "Concat" and attributes(source)["axis"] == 1:
+        counts = [channels.get(name, 0) for name in source.input]
+    elif source.op_type in _POOLS and len(source.output) == 1:
+        if attributes(source).get("mode", "nearest") not in ("nearest", b"nearest"):
+            return None
+        counts = [len(values)]
+    else:
+        return None
+    if sum(counts) != len(values) or min(counts) < 1:
+        return None
+    moved, nodes, first = copy.deepcopy(source), [], 0
+    for index, count in enumerate(counts):
+        name, part = f"{node.output[0]}.{index}", f"{node.output[0]}.factor{index}"
+        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values[first : first + count]), part))
+        nodes.append(helper.make_node("Mul", [source.input[index], part], [name]))
+        channels[name] = count
+        moved.input[index] = name
+        first += count
+    moved.output[0] = node.output[0]
+    return [*nodes, moved]
+
+
 def split_grids(graph: GraphProto) -> dict[str, str]:
     """Splits every ActivationGrid into Quantize and Dequantize. Returns module call -> name of its codes.
 
@@ -741,6 +821,8 @@ def build(
     least = INT4_OPSET if int4_weights else LOWEST_QUANTIZED_OPSET
     if quantized and opset < least:
         raise UserError(f"--opset {opset} has no operators for these weights; pass --opset {least} or more.")
+    if target != "tensorrt":
+        hoist_factors(graph)
     codes = split_grids(graph)
     if target == "tensorrt":
         check_symmetric(graph)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from models.common import Add, Concat
 from models.yolo import Detect, DetectionModel
 from quant.config import QuantConfig
+from quant.equalize import insert_equalizers
 from quant.gabfusion import GABFusion, fusion_nodes
 from quant.layers import QuantBatchNorm2d, QuantConv2d, replace_module
 from quant.lsq import LSQ, FixedGrid
@@ -133,6 +134,8 @@ def prepare(model: nn.Module, config: QuantConfig, example: Tensor | None = None
         )
     norms = {} if config.activation.output is None else norms_behind(model, trace_flow(model, example))
     _quantize_convolutions(model, config, readers, names)
+    if config.equalizes:
+        insert_equalizers(model.to(example.device), example)
     if config.activation.output is not None:
         insert_output_quantizers(model, config.activation.output, readers, norms)
     model.to(example.device)  # the fusion nodes are found by running what has been put in so far
@@ -414,7 +417,7 @@ def model_from_checkpoint(checkpoint: dict, weights: str = "ema") -> DetectionMo
     """
     model = DetectionModel(checkpoint["model_yaml"])
     if checkpoint.get("quantization"):
-        prepare(model, QuantConfig.from_dict(checkpoint["quantization"], "the checkpoint's quantization"))
+        prepare(model, QuantConfig.from_saved(checkpoint["quantization"], "the checkpoint's quantization"))
     state = checkpoint.get(weights) or checkpoint["model"]
     model.load_state_dict(state)
     model.names = dict(checkpoint["names"])

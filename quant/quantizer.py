@@ -88,6 +88,16 @@ class Quantizer(nn.Module):
         self.ready = False  # ``initialised`` on the host: reading the buffer would make it wait for the device
         # Saved, so that a checkpoint of an uncalibrated model is recognised.
         self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("inverse_equalizer", None)
+
+    def add_equalizer(self, channels: int) -> None:
+        """From now on what is quantized is the input (B, C, H, W) times ``inverse_equalizer`` (C, 1, 1), ones at
+        first; ``quant.equalize`` sets them and the weights behind."""
+        self.inverse_equalizer = torch.ones(channels, 1, 1)
+
+    def equalized(self, x: Tensor) -> Tensor:
+        """``x`` as the grid sees it, which is ``x`` itself without equalization."""
+        return x if self.inverse_equalizer is None else x * self.inverse_equalizer.to(x.dtype)
 
     @classmethod
     def for_weights(cls, bits: int, channels: int | None, options: MethodOptions) -> Quantizer:
@@ -144,11 +154,12 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantized values of ``x``, in its type, or ``x`` itself while the quantizer is not ``enabled``.
+        """Fake-quantized values of ``equalized(x)``, in the type of ``x``, or that itself while not ``enabled``.
 
         The arithmetic is float32 under autocast too. Its result is shortened to the type of a bfloat16 or float16
         ``x``, as the convolution behind would do.
         """
+        x = self.equalized(x)
         if not self.enabled:
             return x
         if self.training and not self.ready:  # a trace in eval mode may pass before the calibration
@@ -157,6 +168,11 @@ class Quantizer(nn.Module):
             if self.any_precision:
                 return self.quantize(x)
             return self.quantize(x.float()).to(x.dtype)
+
+    def in_own_scale(self, x: Tensor) -> Tensor:
+        """Fake-quantized values of ``x`` (B, C, H, W), as near to it as they come: ``forward``, with factors undone."""
+        y = self(x)
+        return y if self.inverse_equalizer is None else y / self.inverse_equalizer.to(y.dtype)
 
     def _warn(self) -> None:
         if not Quantizer._warned:

@@ -207,9 +207,9 @@ class _Watch:
         return self.operations[name] // self.images if name in self.operations else None
 
     def _on_quantizer(self, quantizer: Quantizer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x = inputs[0].float()
-        if output is inputs[0]:
-            return  # not enabled
+        if not quantizer.enabled:
+            return
+        x = quantizer.equalized(inputs[0].float())
         tally = self.inputs.setdefault(quantizer, _Tally())
         tally.add(x, output)
         tally.add_clipped(x, quantizer.integer())
@@ -221,6 +221,7 @@ class _Watch:
             x = inputs[0]
             if conv.input_quantizer is not None:
                 quantizer = conv.input_quantizer
+                x = quantizer.equalized(x)
             else:
                 x, quantizer = getattr(x, "before_quantization", (x, None))
             if quantizer is not None:

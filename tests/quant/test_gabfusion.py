@@ -399,8 +399,8 @@ def test_where_the_factors_go():
     folded = fold(fused("bifpn"))
     first, second, third = (folded.model[index].balance for index in (10, 14, 17))
     assert first is None  # one factor in the batch norm of layer 9, relative to the other's, which is in the step
-    assert isinstance(folded.model[11].input_quantizer, ActivationGrid)
-    assert folded.model[11].input_quantizer.step != folded.model[11].input_quantizer.output_step
+    grid = folded.model[11].input_quantizer.grid  # behind the factors of the channels
+    assert isinstance(grid, ActivationGrid) and grid.step != grid.output_step
     assert isinstance(second, ScaledBranches) and second.factors[0] == 1 and 1 not in second.factors[1:]
     assert isinstance(third, BranchGrids)
     folded = fold(fused("yolov3"))
@@ -481,7 +481,7 @@ def test_a_branch_with_another_reader_keeps_its_values():
     folded, different = share_of_differences(model, x)
     assert different < 1e-3
     assert folded.add.balance is None  # right's factor in its batch norm, left's in the step behind the sum
-    assert folded.last.input_quantizer.step != folded.last.input_quantizer.output_step
+    assert folded.last.input_quantizer.grid.step != folded.last.input_quantizer.grid.output_step
 
 
 def test_a_sum_with_constant_statistics_folds_too():

@@ -158,8 +158,10 @@ def test_folded_concat_has_a_step_per_branch(quantized):
     assert isinstance(grids, BranchGrids) and folded.model[13].input_quantizer is None
     step = model.model[13].input_quantizer.integer().step
     for grid, factor in zip(grids.grids, model.model[12].balance.factors(), strict=True):
-        torch.testing.assert_close(grid.step, step / factor.detach())
-        torch.testing.assert_close(grid.output_step, step)
+        torch.testing.assert_close(grid.grid.step, step / factor.detach())
+        torch.testing.assert_close(grid.grid.output_step, step)
+    halves = torch.cat([grid.inverse_equalizer for grid in grids.grids])
+    assert torch.equal(halves, model.model[13].input_quantizer.inverse_equalizer)
 
 
 def test_gabfusion_adds_nothing_to_the_folded_network():

@@ -111,7 +111,7 @@ def test_inputs_and_outputs_equal_numpy(model, reports):
         handle.remove()
     for name, (place, quantizer) in readers.items():
         conv, report, form = model.get_submodule(name), reports[name], quantizer.integer()
-        parts = [x.double().numpy() for x in taken[place]]
+        parts = [quantizer.equalized(x).double().numpy() for x in taken[place]]
         pairs = [by_hand(x, form) for x in parts]
         flat = np.concatenate([x.ravel() for x in parts])
         assert report.input_sqnr == pytest.approx(
@@ -127,7 +127,7 @@ def test_inputs_and_outputs_equal_numpy(model, reports):
         exact = [F.conv2d(torch.from_numpy(x), weight, bias, **shape).numpy().ravel() for x in parts]
         found = [F.conv2d(torch.from_numpy(q), rough, bias, **shape).numpy().ravel() for q, _ in pairs]
         assert report.output_sqnr == pytest.approx(decibels(np.concatenate(exact), np.concatenate(found)), abs=0.02)
-        assert report.output_sqnr < report.weight_sqnr + 1 and report.input_sqnr is not None
+        assert report.output_sqnr < report.weight_sqnr + 6 and report.input_sqnr is not None
 
 
 def test_operations_bits_and_bytes(reports):
