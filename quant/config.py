@@ -71,7 +71,7 @@ class ActivationConfig:
             it is meant for, None leaves it out. onnxruntime runs convolutions in integers only with it.
         image: the 8-bit grid of the network's input: ``fixed`` for values 0 to 1, ``learned`` for any others.
         equalization: how much of the differences between an input's channels the weights take over, 0 to 1; 0: none.
-            See ``quant.equalize``. Not together with ``output`` or a GABFusion whose normalisation stays.
+            See ``quant.equalize``. Not with ``output``, for TensorRT, or with a GABFusion whose normalisation stays.
     """
 
     bits: int = 4
@@ -438,10 +438,12 @@ class QuantConfig:
 
     @property
     def equalizes(self) -> bool:
-        """Whether channels of inputs are equalized: not where integer operators read what a convolution writes, nor
-        where a fusion leaves a shift of whole steps in front of the quantizer, or its statistics."""
+        """Whether channels of inputs are equalized: not where integer operators read what a convolution writes or a
+        Concat has to have one scale, nor where a fusion leaves a shift of whole steps in front of the quantizer, or its
+        statistics."""
         exact = not self.gabfusion.enabled or self.gabfusion.fold == "anneal"
-        return self.activation.equalization > 0 and self.activation.output is None and exact
+        possible = self.activation.output is None and self.target != "tensorrt"
+        return self.activation.equalization > 0 and possible and exact
 
     @property
     def fewest_bits(self) -> int:

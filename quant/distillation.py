@@ -68,17 +68,18 @@ def head_logits(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     return total / distributed.mean(objects).clamp_min(1 / distributed.world_size())
 
 
-def box_overlap(student: Sequence[Tensor], teacher: Sequence[Tensor], anchors: Tensor) -> Tensor:
+def box_overlap(student: Sequence[Tensor], teacher: Sequence[Tensor], anchors: tuple[Tensor, Tensor]) -> Tensor:
     """1 - CIoU of the two networks' boxes, per object the teacher sees (a scalar).
 
     Args:
         student, teacher: Detect's raw maps, one a level, each (B, anchors, H, W, 5 + classes).
-        anchors: (levels, anchors, 2), widths and heights in cells.
+        anchors: the student's and the teacher's, each (levels, anchors, 2), widths and heights in cells.
     """
     total = objects = 0.0
-    for ours, theirs, sizes in zip(student, teacher, anchors.float(), strict=True):
+    for ours, theirs, *sizes in zip(student, teacher, *anchors, strict=True):
         objectness = theirs[..., 4].float().sigmoid()
-        boxes = (_in_cells(x[..., :4].float().sigmoid(), sizes[:, None, None]) for x in (ours, theirs))
+        pairs = zip((ours, theirs), sizes, strict=True)
+        boxes = [_in_cells(raw[..., :4].float().sigmoid(), size.float()[:, None, None]) for raw, size in pairs]
         total = total + (objectness * (1 - bbox_iou(*boxes, kind="ciou"))).sum()
         objects = objects + objectness.sum()
     return total / distributed.mean(objects).clamp_min(1 / distributed.world_size())
@@ -96,7 +97,7 @@ def distillation_losses(
     student_raw: Sequence[Tensor],
     teacher_raw: Sequence[Tensor],
     temperature: float = 1.0,
-    anchors: Tensor | None = None,
+    anchors: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The named terms, unweighted (scalars with a gradient towards the student only).
 
@@ -105,7 +106,7 @@ def distillation_losses(
         student, teacher: layer index -> feature (B, C, H, W), with the same keys.
         student_raw, teacher_raw: Detect's raw maps; used by ``logits`` and ``boxes``.
         temperature: tau of ``channel_wise``.
-        anchors: of Detect, in cells (levels, anchors, 2); used by ``boxes``.
+        anchors: Detect's of the student and of the teacher, each in cells (levels, anchors, 2); used by ``boxes``.
     """
     losses = {}
     pairs = [(feature, teacher[index].detach()) for index, feature in student.items()]

@@ -135,7 +135,9 @@ def prepare(model: nn.Module, config: QuantConfig, example: Tensor | None = None
     norms = {} if config.activation.output is None else norms_behind(model, trace_flow(model, example))
     _quantize_convolutions(model, config, readers, names)
     if config.equalizes:
+        set_enabled(model, False)  # they have no ranges yet
         insert_equalizers(model.to(example.device), example)
+        set_enabled(model, True)
     if config.activation.output is not None:
         insert_output_quantizers(model, config.activation.output, readers, norms)
     model.to(example.device)  # the fusion nodes are found by running what has been put in so far

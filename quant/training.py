@@ -177,7 +177,7 @@ class QuantizedTraining:
             losses["ada"] = self.alignment(chosen, teacher_features, self.readers)
         losses |= distillation_losses(
             list(other.weights), {index: features[index] for index in self.layers}, teacher_features, raw, teacher_raw,
-            other.temperature, self.model.detect.anchors,
+            other.temperature, (self.model.detect.anchors, self.teacher.detect.anchors),
         )  # fmt: skip
         for name, loss in losses.items():
             self._term_sums[name] = self._term_sums.get(name, 0.0) + loss.detach()

@@ -106,12 +106,13 @@ def load_teacher(file: str, names: dict[int, str]) -> DetectionModel:
 def check_teacher(file: str, teacher: DetectionModel, model: DetectionModel, config: QuantConfig) -> None:
     """Raises UserError where a teacher's maps cannot be compared with those of ``model``.
 
-    Raw maps (``logits``) may come from a wider network, feature and attention maps from one of the same widths only.
+    Raw maps (``logits``, ``boxes``) may come from a wider network, feature and attention maps from one of the same
+    widths only.
     """
     ada, other = config.ada, config.distillation
     layers = set(ada.layers or model.feature_layers) if ada.enabled else set()
     layers |= set(other.layers or model.feature_layers) if other.weights else set()
-    compared = set(layers) if ada.enabled or set(other.weights) - {"logits"} else set()
+    compared = set(layers) if ada.enabled or set(other.weights) - {"logits", "boxes"} else set()
     advice = "Give a teacher that was trained with the same --cfg, or leave --teacher out"
     if max(layers) >= len(teacher.model):
         raise UserError(

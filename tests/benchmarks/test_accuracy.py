@@ -76,11 +76,11 @@ def test_a_grid_may_have_variants_of_its_own(modules, tmp_path):
     assert grid.variants["slow"].hyp == {"quant_lr0": 0.001}
 
 
-@pytest.mark.parametrize("name", ["core", "quick", "ablation", "around", "cells", "bifpn", "long"])
+@pytest.mark.parametrize("name", ["core", "quick", "ablation", "around", "cells", "bifpn", "long", "recipe"])
 def test_the_grids_that_come_along_are_sound(name, modules):
     grid = modules["grid"].read_grid(BENCHMARKS / "grids" / f"{name}.yaml")
     methods = {cell.method for cell in grid.cells}
-    few = {"ablation", "bifpn"}
+    few = {"ablation", "bifpn", "recipe"}
     assert methods == ({"float", "lsq"} if name in few else {"float", "lsq", "pact", "dsq", "n2uq"})
     core = {(c.method, c.bits, c.variant, c.seed) for c in grid.cells}
     if name == "core":

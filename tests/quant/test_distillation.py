@@ -98,15 +98,15 @@ def ciou(first, second):
 
 
 def test_boxes_are_compared_by_ciou_and_weighted_by_the_teachers_objectness():
-    anchors = torch.tensor([[[1.5, 2.0], [4.0, 3.0]], [[2.5, 5.0], [6.0, 1.0]]])  # (levels, anchors, 2)
+    own = torch.tensor([[[1.5, 2.0], [4.0, 3.0]], [[2.5, 5.0], [6.0, 1.0]]])  # (levels, anchors, 2)
+    anchors = own, own.flip(1) * 1.25
     students, teachers = zip(*(pair(2, 2, size, size, 8, seed=level) for level, size in enumerate((3, 2))), strict=True)
     total = objects = 0.0
-    for student, teacher, sizes in zip(students, teachers, anchors.tolist(), strict=True):
+    for student, teacher, *sizes in zip(students, teachers, *(a.tolist() for a in anchors), strict=True):
         for image, anchor, row, column in itertools.product(*(range(n) for n in student.shape[:4])):
             boxes = []
-            for raw in (student, teacher):
+            for raw, size in ((student, sizes[0][anchor]), (teacher, sizes[1][anchor])):
                 x, y, w, h, o = (sigmoid(v) for v in raw[image, anchor, row, column, :5].tolist())
-                size = sizes[anchor]
                 boxes.append((column + 2 * x - 0.5, row + 2 * y - 0.5, (2 * w) ** 2 * size[0], (2 * h) ** 2 * size[1]))
             total += o * (1 - ciou(*boxes))  # o: the teacher's, which comes last
             objects += o
@@ -122,7 +122,7 @@ def test_a_picture_without_objects_is_not_divided_by_zero():
 
 def arguments(student, teacher):
     raw = [x[:, :, None].transpose(1, 4) for x in (student, teacher)]  # (B, H, 1, W, C): any five numbers and classes
-    return {5: student}, {5: teacher}, [raw[0]], [raw[1]], 1.0, torch.ones(1, raw[0].shape[1], 2)
+    return {5: student}, {5: teacher}, [raw[0]], [raw[1]], 1.0, (torch.ones(1, raw[0].shape[1], 2),) * 2
 
 
 @pytest.mark.parametrize("term", TERMS)

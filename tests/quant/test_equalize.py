@@ -117,6 +117,7 @@ def test_it_stays_away_where_it_would_be_wrong_or_useless():
     [
         {"activation": {"equalization": 0.0}},
         {"activation": {"output": 8}},
+        {"target": "tensorrt"},
         {"gabfusion": {"fold": "finetune"}},
         {"gabfusion": {"fold": "keep"}},
     ],

@@ -82,7 +82,7 @@ def test_a_difference_is_seen(subject, both, place):
     file = place / "lsq" / "weights" / "epoch1.pt"
     one, other = load_checkpoint(file), load_checkpoint(file)
     assert subject._same(one, other)
-    other["optimizer"]["state"][0]["momentum_buffer"].view(-1)[0] += 1e-7
+    other["optimizer"]["state"][0]["exp_avg"].view(-1)[0] += 1e-7
     assert not subject._same(one, other)
 
 
