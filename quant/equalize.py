@@ -10,8 +10,8 @@ between here, so it stays, as one multiplication by a constant.
 
 One quantizer serves all convolutions that read a tensor. Left alone are inputs of 8 bits, which lose nothing, tensors
 that something else than plain convolutions reads in their quantized form (the shortcut of a Bottleneck), grouped
-convolutions, and what SPP and SPPF join: their pools run on the codes of one tensor in the exported file, and different
-factors would make them different codes.
+convolutions, weights that meet several tensors, and what SPP and SPPF join: their pools run on the codes of one tensor
+in the exported file, and different factors would make them different codes.
 """
 
 from __future__ import annotations
@@ -74,9 +74,17 @@ def insert_equalizers(model: nn.Module, example: Tensor) -> None:
     for module in model.modules():
         if has_input_slot(module) and isinstance(module.input_quantizer, Quantizer):
             slots.setdefault(module.input_quantizer, []).append(module)
+    readers = quantizer_readers(model, example)
+    owners: dict[int, set[Quantizer]] = {}  # weights, which convolutions may share -> the quantizers in front of them
+    for quantizer, convolutions in readers.items():
+        for conv in convolutions:
+            owners.setdefault(id(conv.weight), set()).add(quantizer)
     pooled = {block.cv2.conv for block in model.modules() if isinstance(block, (SPP, SPPF))}
-    for quantizer, convolutions in quantizer_readers(model, example).items():
-        plain = all(conv.groups == 1 for conv in convolutions) and len({c.in_channels for c in convolutions}) == 1
+    for quantizer, convolutions in readers.items():
+        plain = (
+            all(conv.groups == 1 and len(owners[id(conv.weight)]) == 1 for conv in convolutions)
+            and len({c.in_channels for c in convolutions}) == 1
+        )
         plain &= not pooled.intersection(convolutions)
         alone = all(_only_convolutions_read(block) for block in slots.get(quantizer, ()))
         if plain and alone and quantizer.bits <= MOST_BITS and not isinstance(quantizer, FixedGrid):
@@ -121,8 +129,9 @@ def equalize(model: nn.Module, batches: Iterable[Tensor], exponent: float) -> No
     for quantizer, convolutions in readers.items():
         before = quantizer.inverse_equalizer.reshape(-1)
         factors = equalizing_factors(largest[quantizer] / len(batches), exponent)
-        for conv in convolutions:  # a second calibration takes the first one's factors back
-            conv.weight.mul_((factors * before).reshape(1, -1, 1, 1).to(conv.weight.dtype))
+        change = (factors * before).reshape(1, -1, 1, 1)  # a second calibration takes the first one's factors back
+        for weight in {id(conv.weight): conv.weight for conv in convolutions}.values():
+            weight.mul_(change.to(weight.dtype))
         quantizer.inverse_equalizer.copy_((1 / factors).reshape(-1, 1, 1))
 
 

@@ -112,6 +112,30 @@ def test_it_stays_away_where_it_would_be_wrong_or_useless():
     assert not equalized_quantizers(grouped)
 
 
+@pytest.mark.parametrize("same_input", [True, False])
+def test_weights_that_two_convolutions_share_are_multiplied_once_or_not_at_all(same_input):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.one, self.two = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+            self.two.weight, self.last = self.one.weight, nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            x = self.stem(x).sigmoid()
+            return self.last(self.one(x) + self.two(x if same_input else x.square()))
+
+    torch.manual_seed(0)
+    batch = torch.rand(2, 3, 8, 8)
+    model = Tied().eval()
+    model.stem.weight.data *= torch.logspace(-1, 1, 8).reshape(-1, 1, 1, 1)
+    exact = model(batch)
+    prepare(model, config(), batch)
+    calibrate(model, [batch])
+    set_enabled(model, False)
+    torch.testing.assert_close(model(batch), exact, rtol=1e-4, atol=1e-5)
+    assert (model.one.input_quantizer.inverse_equalizer is not None) == same_input
+
+
 @pytest.mark.parametrize(
     "blocks",
     [
