@@ -78,7 +78,7 @@ def shift_norms(
     so that at 8 bits they stay what they were (COCO: mAP50-95 of yolov5n 0.309, with the statistics of 128 augmented
     images themselves 0.298). Rounding adds variance that is no signal, and dividing by it shrinks what was signal,
     boxes among it: at 4 bits the mean alone does better, at 3 both (mAP50 / mAP50-95 of LSQ, calibrated only: circuit
-    boards w4a4 84.7 / 43.4 against 83.9 / 34.2, w3a3 16.0 / 5.4 against 31.8 / 9.7; blood cells w4a4 83.8 / 44.3 against
+    boards w4a4 84.7 / 43.4 against 83.9 / 34.2, w3a3 16.0 / 5.4 against 31.8 / 9.7; cells w4a4 83.8 / 44.3 against
     78.6 / 43.6, w3a3 8.8 / 2.1 against 43.9 / 19.5).
 
     Args:
