@@ -168,8 +168,7 @@ class Run:
     def shift_norms(self, model: nn.Module, float_model: nn.Module, epoch: int) -> None:
         """The same for a network that was only calibrated: its statistics move by what quantization changes."""
         if self.config.batch_norm.reestimate:
-            variances = self.config.fewest_bits < 4
-            shift_norms(model, float_model, self._norm_batches(epoch), self.frozen_prefixes, variances)
+            shift_norms(model, float_model, self._norm_batches(epoch), self.frozen_prefixes)
 
     def _norm_batches(self, epoch: int) -> Iterable[Tensor]:
         images = self.config.batch_norm.reestimate
