@@ -255,7 +255,7 @@ def command_of(options: dict[str, Any], defaults: dict[str, Any]) -> str:
     if not (options.get("needs_float", True) or options.get("float_phase_asked", True)):
         internal.add("float_epochs")
     if not (options.get("quant") or options.get("recipe")):
-        internal.add("float_epochs")
+        internal |= {"float_epochs", "quant_optimizer"}
     words = ["python", "train.py"]
     for key, value in options.items():
         if key in internal or key not in defaults or value == defaults[key] or value is None or value is False:
@@ -267,7 +267,7 @@ def command_of(options: dict[str, Any], defaults: dict[str, Any]) -> str:
 
 
 DASHED = {"batch_size", "single_cls", "multi_scale", "cos_lr", "label_smoothing", "save_period", "float_epochs",
-          "image_weights", "sync_bn"}  # fmt: skip
+          "image_weights", "sync_bn", "quant_optimizer"}  # fmt: skip
 
 
 def configuration_part(run: RunFiles, command: str) -> str:
