@@ -111,7 +111,7 @@ def run(options: argparse.Namespace) -> None:
     lines = ["## What GABFusion and ADA cost in the exported file", ""]
     command = f"--without {' '.join(f'runs/core/{folder.name}' for folder in options.without)}"
     command += f" --with {' '.join(f'runs/core/{folder.name}' for folder in options.fused)}"
-    lines += [f"`python benchmarks/inference_cost.py {command} --imgsz {options.imgsz}`", ""]
+    lines += [f"`python benchmarks/inference_cost.py {command} --imgsz {options.imgsz} --rounds {options.rounds}`", ""]
     lines += [
         f"{date.today().isoformat()}, {machine()}, {versions()}; {options.imgsz} px, batch 1, {options.rounds} rounds "
         "in which the files take turns. Brackets: the middle half of the rounds. *Without / itself*: the same file "

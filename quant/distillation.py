@@ -65,6 +65,11 @@ def head_logits(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         classes = bernoulli_kl(theirs[..., 5:], ours[..., 5:]).sum(-1)
         total = total + (bernoulli_kl(theirs[..., 4], ours[..., 4]) + objectness * (boxes + classes)).sum()
         objects = objects + objectness.sum()
+    return _per_object(total, objects)
+
+
+def _per_object(total: Tensor, objects: Tensor) -> Tensor:
+    """``total`` over the objects in all processes' images, at least one."""
     return total / distributed.mean(objects).clamp_min(1 / distributed.world_size())
 
 
@@ -82,7 +87,7 @@ def box_overlap(student: Sequence[Tensor], teacher: Sequence[Tensor], anchors: t
         boxes = [_in_cells(raw[..., :4].float().sigmoid(), size.float()[:, None, None]) for raw, size in pairs]
         total = total + (objectness * (1 - bbox_iou(*boxes, kind="ciou"))).sum()
         objects = objects + objectness.sum()
-    return total / distributed.mean(objects).clamp_min(1 / distributed.world_size())
+    return _per_object(total, objects)
 
 
 def _in_cells(shares: Tensor, sizes: Tensor) -> Tensor:

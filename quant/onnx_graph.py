@@ -368,7 +368,7 @@ def _factor_in_front(
     if source.op_type == "Concat" and attributes(source)["axis"] == 1:
         counts = [channels.get(name, 0) for name in source.input]
     elif source.op_type in _POOLS and len(source.output) == 1:
-        if attributes(source).get("mode", "nearest") not in ("nearest", b"nearest"):
+        if attributes(source).get("mode", "nearest") != "nearest":
             return None
         counts = [len(values)]
     else:

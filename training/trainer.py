@@ -220,7 +220,8 @@ class Trainer:
             corrected = self.phase.epochs - self.correction_start
             return learning_rate_factor(epoch - self.correction_start, corrected, self.hyp["lrf"])
         epochs, tail = max(self.correction_start, 1), self.hyp["lr_tail"]
-        # Codes settle only while steps are tiny: at 4 bits mAP75 was 49.5 with the cosine's long end, 42.2 on a line.
+        # So that codes settle while steps are tiny. Measured on circuit boards it is level with a line: at 4 bits mAP50
+        # 91.4 and 89.9 (two final rates) against 91.2, at 3 bits 82.9 against 83.2.
         cosine = self.options.cos_lr or self.phase.quantized
         return learning_rate_factor(epoch, epochs, self.hyp["lrf"], cosine, tail)
 

@@ -127,7 +127,9 @@ def test_inputs_and_outputs_equal_numpy(model, reports):
         exact = [F.conv2d(torch.from_numpy(x), weight, bias, **shape).numpy().ravel() for x in parts]
         found = [F.conv2d(torch.from_numpy(q), rough, bias, **shape).numpy().ravel() for q, _ in pairs]
         assert report.output_sqnr == pytest.approx(decibels(np.concatenate(exact), np.concatenate(found)), abs=0.02)
-        assert report.output_sqnr < report.weight_sqnr + 6 and report.input_sqnr is not None
+        assert report.input_sqnr is not None
+        if quantizer.inverse_equalizer is None:  # else small weights meet large inputs, and the sums say less
+            assert report.output_sqnr < report.weight_sqnr + 1
 
 
 def test_operations_bits_and_bytes(reports):
