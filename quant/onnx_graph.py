@@ -373,7 +373,8 @@ def _factor_in_front(
         counts = [len(values)]
     else:
         return None
-    if sum(counts) != len(values) or min(counts) < 1:
+    # A network's own factors may be negative, and the maximum would become a minimum.
+    if sum(counts) != len(values) or min(counts) < 1 or values.min() <= 0:
         return None
     moved, nodes, first = copy.deepcopy(source), [], 0
     for index, count in enumerate(counts):

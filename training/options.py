@@ -24,7 +24,7 @@ DEFAULTS = {
     "cfg": "yolov5s.yaml",
     "hyp": "hyp.scratch-low.yaml",
     "optimizer": "SGD",
-    "quant_optimizer": "AdamW",  # docs/results.md: 1 to 4 points of mAP50 over SGD at 3 bits, level at 4
+    "quant_optimizer": "AdamW",  # docs/results.md: 1 to 2 points of mAP50 over SGD at 3 bits
 }
 AUTO_BATCH = -1
 LARGEST_SEED = 2**32 - 8  # NumPy takes 32 bits; phases and processes add a little

@@ -2,8 +2,10 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from small_detector import float_detector, images
 from torch import nn
 
@@ -14,7 +16,7 @@ from quant.export_head import matrix_head
 from quant.fold import BranchGrids, EqualizedGrid, fold
 from quant.layers import QuantConv2d
 from quant.lsq import LSQ
-from quant.onnx_graph import build, trace, traceable
+from quant.onnx_graph import DOMAIN, build, hoist_factors, remove_unused, trace, traceable
 from quant.prepare import model_from_checkpoint, prepare, quantizers, set_enabled
 from quant.primitives import activation_grid
 from quant.registry import QUANTIZERS
@@ -193,6 +195,20 @@ def test_in_the_file_codes_are_concatenated_pooled_and_repeated_not_floats():
     assert len(multiplied) > 5
     operators = {made_by[name].op_type for name in [*multiplied, *read] if name in made_by}
     assert not operators & {"Concat", "MaxPool", "Resize"}, operators
+
+
+@pytest.mark.parametrize("factor, order", [(0.5, ["Mul", "MaxPool"]), (-0.5, ["MaxPool", "Mul"])])
+def test_a_negative_factor_of_the_networks_own_stays_behind_a_maximum(factor, order):
+    shape = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 2, 4, 4])
+    nodes = [helper.make_node("MaxPool", ["x"], ["pooled"], kernel_shape=[2, 2])]
+    nodes.append(helper.make_node("Mul", ["pooled", "factor"], ["scaled"]))
+    nodes.append(helper.make_node("ActivationGrid", ["scaled"], ["y"], domain=DOMAIN))
+    values = numpy_helper.from_array(np.full((2, 1, 1), factor, np.float32), "factor")
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph(nodes, "pool", [shape], [result], [values])
+    hoist_factors(graph)
+    remove_unused(graph)
+    assert [node.op_type for node in graph.node] == [*order, "ActivationGrid"]
 
 
 def test_checkpoints_from_before_are_read_without_it():
