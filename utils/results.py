@@ -10,12 +10,13 @@ from utils.errors import UserError
 from utils.paths import WORK
 
 
-def newest_weights(folder: Path = WORK / "runs" / "train") -> Path:
-    """The ``best.pt`` written last in any run under ``folder``.
+def newest_weights(folder: Path | None = None) -> Path:
+    """The ``best.pt`` written last in any run under ``folder``, by default runs/train.
 
     Raises:
         UserError: there is none.
     """
+    folder = WORK / "runs" / "train" if folder is None else folder
     files = sorted(folder.glob("**/weights/best.pt"), key=lambda path: path.stat().st_mtime_ns)
     if not files:
         raise UserError(f"no --weights given and no best.pt under {folder}: train first or name a file")
