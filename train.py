@@ -49,6 +49,7 @@ from training.phases import (
     float_phase,
     load_teacher,
     quantized_phase,
+    quantized_start,
     summarise,
 )
 from training.random_state import seed_everything
@@ -91,7 +92,7 @@ def find_resume(value: str | bool) -> tuple[dict, Path]:
     quantized_follows = bool(checkpoint["options"].get("quant") or checkpoint["options"].get("recipe"))
     if checkpoint.get("finished") and (checkpoint["phase"] == "quantized" or not quantized_follows):
         onward = "give it as --weights"
-        if checkpoint["phase"] == "quantized":  # train.py takes float weights only
+        if checkpoint["phase"] == "quantized":  # from quantized weights ranges would be searched anew
             own = file.with_name("float_best.pt")
             start = own if own.exists() else checkpoint["options"].get("weights") or "its float weights"
             onward = f"start again from its float network with more --epochs: --weights {start}"
@@ -164,6 +165,12 @@ def prepare_run(options: argparse.Namespace, resume: dict | None = None, save_di
 def quantization_of(options: argparse.Namespace, model: DetectionModel) -> QuantConfig:
     """The merged quantization; what the model cannot carry is refused here, before anything is trained."""
     config = build_config(options.quant, options.bits, options.gabfusion, options.ada, options.recipe, model.yaml)
+    from_codes = getattr(options, "starts_quantized", False) and not options.needs_float
+    if from_codes and config.needs_teacher and not options.teacher:
+        raise UserError(
+            f"--weights {options.weights} is quantized already, and the network would learn from a float one: name its "
+            "run's float weights with --teacher, or switch distillation off in a --recipe (distillation: false)"
+        )
     if options.teacher and not config.needs_teacher:
         raise UserError("--teacher: the recipe switches distillation off, so nothing is learned from it; add --ada")
     config.check_layers(model.detect.i)
@@ -241,12 +248,17 @@ def train_phases(run: Run, model: DetectionModel, resume: dict | None) -> None:
     if run.config.needs_teacher:
         teacher = load_teacher(options.teacher, run.names) if options.teacher else copy.deepcopy(model)
         teacher = teacher.to(run.device).eval().fuse().to(memory_format=torch.channels_last)
+    start = quantized_start(options)
+    start = None if start is None else start.to(run.device)
     rows = []
     if run.validates_first:
-        float_result = run.evaluate(model)
-        LOGGER.info(f"Float: mAP50 {float_result.map50:.4f}  mAP50-95 {float_result.map:.4f}")
-        rows.append(("float", float_result, float_bytes(model)))
-    quantized, calibrated = quantized_phase(run, model, teacher, resume if phase == "quantized" else None)
+        first = run.evaluate(model if start is None else start)
+        name = "float"
+        if start is not None:
+            name = f"start, {QuantConfig.from_saved(start.quantization, options.weights).bits_label()}"
+        LOGGER.info(f"{name.capitalize()}: mAP50 {first.map50:.4f}  mAP50-95 {first.map:.4f}")
+        rows.append((name, first, float_bytes(model) if start is None else quantized_bytes(start)))
+    quantized, calibrated = quantized_phase(run, model, teacher, start, resume if phase == "quantized" else None)
     final = calibrated if options.epochs == 0 else run.evaluate(quantized, plots=True)
     bits = run.config.bits_label()
     size = quantized_bytes(quantized)

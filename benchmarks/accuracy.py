@@ -34,7 +34,7 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 from bootstrap import RESAMPLES, Counts, draw_images, interval, mean_over_seeds, resampled_map  # noqa: E402
 from common import machine, write_section  # noqa: E402
-from grid import FLOAT, VARIANTS, Cell, DataSettings, Grid, read_grid  # noqa: E402
+from grid import FLOAT, VARIANTS, Cell, DataSettings, Grid, Variant, read_grid  # noqa: E402
 
 import train  # noqa: E402
 import val  # noqa: E402
@@ -128,18 +128,33 @@ def train_cell(cell: Cell, grid: Grid, output: Path) -> Path:
     """The training of one row and seed; returns its last checkpoint."""
     folder = output / cell.name
     start = float_start(cell.data, grid, output)
-    arguments = common_arguments(cell, grid, output, folder, write_hyp(cell, grid, folder))
-    arguments += ["--weights", str(start), "--epochs", str(grid.data[cell.data].epochs)]
+    hyp, epochs = write_hyp(cell, grid, folder), grid.data[cell.data].epochs
     if cell.method == FLOAT:
-        return train_once(folder, [*arguments, "--noautoanchor"])
+        arguments = common_arguments(cell, grid, output, folder, hyp)
+        return train_once(folder, [*arguments, "--weights", str(start), "--epochs", str(epochs), "--noautoanchor"])
     variant = grid.variants[cell.variant]
+    quantization = quantization_arguments(cell, variant, folder)
+    weights = start
+    for bits, length in variant.stages:
+        stage = folder / bits
+        arguments = common_arguments(cell, grid, output, stage, hyp) + quantization
+        arguments += ["--weights", str(weights), "--teacher", str(start), "--bits", bits, "--epochs", str(length)]
+        weights = train_once(stage, arguments)
+    left = epochs - sum(length for _, length in variant.stages)
+    arguments = common_arguments(cell, grid, output, folder, hyp) + quantization
+    arguments += ["--teacher", str(start)] if variant.stages else []
+    return train_once(folder, [*arguments, "--weights", str(weights), "--bits", cell.bits, "--epochs", str(left)])
+
+
+def quantization_arguments(cell: Cell, variant: Variant, folder: Path) -> list[str]:
+    """Flags of train.py for a quantized row, without its bits; a recipe of its own is written to ``folder``."""
     recipe = variant.recipe
     if isinstance(recipe, dict):
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
         recipe = str(folder / "recipe.yaml")
-    arguments += ["--quant", cell.method, "--bits", cell.bits, *variant.flags]
+    arguments = ["--quant", cell.method, *variant.flags]
     arguments += ["--compile", "on"] if torch.cuda.is_available() else []  # on a CPU it is on by itself
-    return train_once(folder, arguments + (["--recipe", recipe] if recipe else []))
+    return arguments + (["--recipe", recipe] if recipe else [])
 
 
 def measure(weights: Path, data: str, settings: DataSettings, folder: Path) -> dict:

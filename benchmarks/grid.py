@@ -23,11 +23,14 @@ class Variant:
         flags: of train.py.
         recipe: quantization recipe: a mapping, or the name of one in quant/recipes.
         hyp: hyperparameters that differ from the data set's.
+        stages: pairs [bits, epochs] that are trained with first, each stage from the one before; they come off the
+            row's epochs (progressive bits). The recipe has to learn from the float network.
     """
 
     flags: list[str] = field(default_factory=list)
     recipe: dict[str, Any] | str | None = None
     hyp: dict[str, float] = field(default_factory=dict)
+    stages: list[list] = field(default_factory=list)
 
 
 # Those that every grid has; a grid's `variants` add others.
@@ -131,6 +134,17 @@ def read_grid(file: Path) -> Grid:
         for name, settings in (values.get(key) or {}).items():
             _known(file, f"{key}.{name}.", settings or {}, [f.name for f in fields(cls)])
             into[str(name)] = cls(**(settings or {}))
+    for name, variant in grid.variants.items():
+        for bits, _ in variant.stages:
+            parse_bits(bits)
+        before, shortest = (
+            sum(epochs for _, epochs in variant.stages),
+            min((s.epochs for s in grid.data.values()), default=0),
+        )
+        if before and before >= shortest:
+            raise UserError(
+                f"{file}: variants.{name}.stages: their {before} epochs leave none of {shortest} for the row's own bits"
+            )
     for number, block in enumerate(values.get("runs") or [], 1):
         grid.cells += _cells(block, grid, f"{file}: runs: entry {number}")
     grid.cells = list(dict.fromkeys(grid.cells))

@@ -73,7 +73,9 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
         for handle in handles:
             handle.remove()
         set_enabled(model, True)
+    rule = getattr(model, "quantization", {}).get("calibration", {}).get("range", "mse")
     for name, quantizer in inputs.items():
+        quantizer.range_rule = rule
         values = torch.cat(samplers[name].parts)
         if isinstance(quantizer, FixedGrid):
             _check_image(values)

@@ -149,14 +149,14 @@ class DSQ(Quantizer):
 
     def set_range(self, x: Tensor) -> None:
         if self.scheme == "affine":
-            step, zero_point = search_affine_range(x, self.grid)
+            step, zero_point = search_affine_range(x, self.grid, self.range_rule)
             share = zero_point / self.grid.qmax
             self.lower.copy_(-share * step)
             self.upper.copy_((1 - share) * step)
         elif self.paper:
             self.upper.copy_(self._extreme_step(x.reshape(self.channels or 1, -1)))
         else:
-            self.upper.copy_(search_symmetric_step(x, self.grid, self.channels))
+            self.upper.copy_(search_symmetric_step(x, self.grid, self.channels, self.range_rule))
 
     def _extreme_step(self, rows: Tensor) -> Tensor:
         """The smallest steps with which no value of a row is clipped (an unsigned grid clips negative values)."""

@@ -72,12 +72,12 @@ class LSQ(Quantizer):
 
     def set_range(self, x: Tensor) -> None:
         if self.scheme == "affine":
-            step, zero_point = search_affine_range(x, self.grid)
+            step, zero_point = search_affine_range(x, self.grid, self.range_rule)
             self.zero_point.copy_(zero_point)
         elif self.paper:
             step = self.paper_step(x.reshape(self.channels or 1, -1)).clamp_min(SMALLEST_STEP)
         else:
-            step = search_symmetric_step(x, self.grid, self.channels)
+            step = search_symmetric_step(x, self.grid, self.channels, self.range_rule)
         self.step.copy_(step)
 
     def paper_step(self, rows: Tensor) -> Tensor:

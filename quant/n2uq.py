@@ -331,11 +331,11 @@ class N2UQ(Quantizer):
         if self.paper:
             self.unit.fill_(2 / (self.grid.levels - 1))
         elif self.scheme == "affine":
-            unit, zero_point = search_affine_range(x, self.grid)
+            unit, zero_point = search_affine_range(x, self.grid, self.range_rule)
             self.unit.copy_(unit)
             self.zero_point.copy_(zero_point)
         else:
-            self.unit.copy_(search_symmetric_step(x, self.grid, None))
+            self.unit.copy_(search_symmetric_step(x, self.grid, None, self.range_rule))
         self.start.copy_(self.grid.qmin - self.zero_point)
 
     def current_step(self) -> Tensor:

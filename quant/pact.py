@@ -215,9 +215,9 @@ class PACT(Quantizer):
 
     def set_range(self, x: Tensor) -> None:
         if self.lower is None:
-            upper = search_symmetric_step(x, self.grid, None) * self.grid.qmax
+            upper = search_symmetric_step(x, self.grid, None, self.range_rule) * self.grid.qmax
         else:
-            step, zero_point = search_affine_range(x, self.grid)
+            step, zero_point = search_affine_range(x, self.grid, self.range_rule)
             upper = (self.grid.qmax - zero_point) * step
             self.lower.copy_((zero_point - self.grid.qmin) * step)
         self.alpha.copy_(torch.full_like(upper, self.initial_clip) if self.initial_clip else upper)

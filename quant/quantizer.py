@@ -78,6 +78,7 @@ class Quantizer(nn.Module):
     no_weight_decay = True  # read by utils.optim: decay would pull steps to zero, and steps once turned negative
     Options: type[MethodOptions] = MethodOptions
     _warned = False  # once in a process is enough
+    range_rule = "mse"  # how ``set_range`` finds a range, see ``quant.ranges``; the calibration sets activations' own
     any_precision = False  # whether ``quantize`` takes bfloat16 and float16 and does float32 arithmetic with them
     schemes: tuple[str, ...] = ("affine", "unsigned", "signed")  # of activations, that a recipe may ask for
 

@@ -1,4 +1,5 @@
-"""Range search: the step (and zero point) with the smallest mean squared quantization error. Imports only torch."""
+"""First ranges: the step (and zero point) with the smallest mean squared quantization error, or, by other rules, that
+whose grid reaches to the extremes of the values or to a percentile of them. Imports only torch."""
 
 from __future__ import annotations
 
@@ -12,22 +13,39 @@ from quant.primitives import SMALLEST_STEP, Grid
 SHARES = torch.linspace(0.2, 1.0, 81)
 # Shares of the most negative value that an affine grid may cover; 0 drops the negative side as ReLU would.
 NEGATIVE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+RULES = ("mse", "percentile", "max")
+PERCENTILE = 0.999  # of the values on each side of zero that the ``percentile`` rule covers
 # Activation ranges are searched on this many values: more change the chosen step by less than one candidate.
 SAMPLE_LIMIT = 16384
 
 
-def search_symmetric_step(x: Tensor, grid: Grid, channels: int | None) -> Tensor:
+def covered(x: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    """The ends (N,), at most and at least 0, that a grid for rows (N, M) should reach by ``percentile`` or ``max``."""
+    if rule == "max":
+        return x.amin(1).clamp_max(0), x.amax(1).clamp_min(0)
+    last = x.shape[1] - 1
+    ordered = x.sort(1).values  # torch.quantile refuses more than 16 million values
+    high = ordered[:, round(PERCENTILE * last)]
+    return ordered[:, last - round(PERCENTILE * last)].clamp_max(0), high.clamp_min(0)
+
+
+def search_symmetric_step(x: Tensor, grid: Grid, channels: int | None, rule: str = "mse") -> Tensor:
     """Steps with the smallest mean squared error for a grid with zero point 0.
 
     Args:
         x: values; with ``channels`` the first dimension has that many rows, each with its own step.
         grid: the codes; one-sided if ``qmin`` is 0.
         channels: number of rows, or None for one step for all.
+        rule: one of ``RULES``; all but ``mse`` take the smallest step that reaches the ends they name.
 
     Returns:
         float32 steps (channels,) or (1,). A row of zeros gets ``SMALLEST_STEP``.
     """
     rows = x.reshape(channels or 1, -1)
+    if rule != "mse":
+        low, high = covered(rows, rule)
+        step = high / grid.qmax if grid.qmin >= 0 else torch.maximum(high / grid.qmax, low / grid.qmin)
+        return step.clamp_min(SMALLEST_STEP)
     positive = rows.amax(1).clamp_min(0) / grid.qmax
     largest = positive if grid.qmin >= 0 else torch.maximum(positive, rows.amin(1).clamp_max(0) / grid.qmin)
     best_error = torch.full_like(largest, torch.inf)
@@ -42,17 +60,22 @@ def search_symmetric_step(x: Tensor, grid: Grid, channels: int | None) -> Tensor
     return best_step.clamp_min(SMALLEST_STEP)
 
 
-def search_affine_range(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def search_affine_range(x: Tensor, grid: Grid, rule: str = "mse") -> tuple[Tensor, Tensor]:
     """Step and integer zero point with the smallest mean squared error, for values with a short negative side.
 
     Args:
         x: any number of values; at most ``SAMPLE_LIMIT`` of them, evenly spaced in rank, are looked at.
         grid: the codes, ``qmin`` 0.
+        rule: one of ``RULES``.
 
     Returns:
         step (1,) and zero point (1,), both float32.
     """
     values = x.reshape(-1)
+    if rule != "mse":
+        low, high = covered(values[None], rule)
+        step = ((high - low) / (grid.levels - 1)).clamp_min(SMALLEST_STEP)
+        return step, torch.round(-low / step).clamp(grid.qmin, grid.qmax)
     if values.numel() > SAMPLE_LIMIT:
         ranks = torch.linspace(0, values.numel() - 1, SAMPLE_LIMIT, device=x.device).long()
         values = values.sort().values[ranks]

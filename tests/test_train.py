@@ -3,6 +3,7 @@
 import argparse
 import copy
 import itertools
+import json
 import math
 import os
 from pathlib import Path
@@ -22,6 +23,7 @@ from quant import kernels
 from quant.calibrate import calibrate
 from quant.fold import fold
 from quant.gabfusion import fusion_nodes
+from quant.latent import latent_state
 from quant.norms import reestimate_norms
 from quant.prepare import model_from_checkpoint, prepare
 from quant.quantizer import Quantizer
@@ -511,6 +513,30 @@ def test_refusals(arguments, message, data, cfg, tmp_path):
     with pytest.raises(UserError, match=message):
         run(tmp_path, "r", "--data", data, "--cfg", cfg, *arguments)
     assert not (tmp_path / "r").exists()
+
+
+def test_quantized_weights_start_a_network_of_fewer_bits(both_phases, data, tmp_path):
+    teacher = str(both_phases / "weights" / "float_best.pt")
+    wide = run(tmp_path, "wide", "--weights", teacher, "--data", data, "--quant", "lsq", "--bits", "6", "--epochs", "1")
+    common = ["--weights", str(wide / "weights" / "best.pt"), "--data", data, "--quant", "lsq", "--bits", "3"]
+    with pytest.raises(UserError, match=r"quantized already, .* name its run's float weights with --teacher"):
+        run(tmp_path, "r", *common)
+    narrow = run(tmp_path, "narrow", *common, "--teacher", teacher, "--epochs", "0")
+    rows = json.loads((narrow / "summary.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["start, w6a6", "w3a3 calibrated only"]
+    assert rows[0]["mAP50"] == json.loads((wide / "summary.json").read_text())["rows"][-1]["mAP50"]
+    # The weights are those behind the six-bit codes, not the float run's.
+    states = [
+        latent_state(model_from_checkpoint(load_checkpoint(folder / "weights" / "best.pt")))
+        for folder in (wide, narrow)
+    ]
+    first = next(name for name in states[0] if name.endswith("conv.weight"))
+    torch.testing.assert_close(states[1][first], states[0][first], rtol=1e-5, atol=1e-7)
+    assert not torch.equal(load_checkpoint(teacher)["ema"][first].float(), states[0][first])
+    alone = tmp_path / "alone.yaml"
+    alone.write_text("distillation: false\n", encoding="utf-8")
+    trained = run(tmp_path, "trained", *common, "--recipe", str(alone), "--epochs", "1")
+    assert json.loads((trained / "summary.json").read_text())["rows"][-1]["name"] == "w3a3 trained (lsq)"
 
 
 def test_wrong_teachers_and_starts_are_refused(both_phases, data, cfg, tmp_path):

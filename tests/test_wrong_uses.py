@@ -115,7 +115,7 @@ WRONG_USES = [
     ("train.py", f"{SHORT} --recipe method.yaml", 1,
      f"method.yaml: method: 'lsqq' is not possible; choose one of {METHODS}"),
     ("train.py", f"{SHORT} --weights quantized.pt", 1,
-     "quantized.pt is quantized already. Give float weights, or continue"),
+     "quantized.pt is quantized already. Give float weights, --quant to train it on"),
     ("train.py", f"{QUANT} --teacher other.pt", 1,
      "--teacher other.pt knows other classes (ring, the 'second', dréi ...)"),
     ("train.py", f"{QUANT} --ada --teacher nano.pt", 1,

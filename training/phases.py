@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import time
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from models.yolo import DetectionModel
 from quant.calibrate import calibrate
 from quant.config import QuantConfig
+from quant.latent import latent_state
 from quant.precision import CHOICE_IMAGES, resolve_auto_bits
 from quant.prepare import model_from_checkpoint, prepare
 from quant.report import (
@@ -48,21 +50,22 @@ def build_float_model(
 ) -> tuple[DetectionModel, bool]:
     """The float network to start from, and whether its weights already know the data's classes.
 
+    Of quantized weights that a quantized phase starts from these are the ones behind the codes (``quant.latent``).
+
     ``--cfg`` and the hyperparameters' ``anchors`` replace the anchors of the weights, but for a quantized phase that
     follows without a float one: its network and teacher are as they were trained.
 
     Raises:
-        UserError: missing or quantized weights.
+        UserError: missing weights, or quantized ones without a quantized phase.
     """
     if not options.weights:
         model = DetectionModel(options.cfg, nc=len(names), anchors=anchors)
         model.names = names
         return model, False
     weights = read_weights(options.weights)
+    options.starts_quantized = bool(weights.quantization)
     if weights.quantization:
-        raise UserError(
-            f"--weights {options.weights} is quantized already. Give float weights, or continue its run with --resume"
-        )
+        weights = behind_codes(options, weights)
     given_cfg = options.cfg_given
     source = options.cfg if given_cfg else {**weights.model_yaml, "yaml_file": weights.path.name}
     model = DetectionModel(source, nc=len(names), anchors=anchors)
@@ -75,6 +78,27 @@ def build_float_model(
         model.load_state_dict({name: weights.state_dict[name] for name in skipped}, strict=False)
         LOGGER.info(f"Anchors: those of {options.weights} stay, since no float phase follows that could learn others")
     return model, fits
+
+
+def behind_codes(options: argparse.Namespace, weights: Weights) -> Weights:
+    """Quantized ``weights`` as the float ones that they are rounded from."""
+    if not (options.quant or options.recipe):
+        raise UserError(
+            f"--weights {options.weights} is quantized already. Give float weights, --quant to train it on (with other "
+            "--bits, perhaps), or continue its run with --resume"
+        )
+    try:
+        state = latent_state(model_from_checkpoint(weights.checkpoint))
+    except UserError as error:
+        raise UserError(f"--weights {options.weights} is quantized already, and {error}") from None
+    return dataclasses.replace(weights, state_dict=state, quantization=None)
+
+
+def quantized_start(options: argparse.Namespace) -> DetectionModel | None:
+    """The quantized network that the quantized phase starts from, or None where it starts from a float one."""
+    if not getattr(options, "starts_quantized", False) or options.needs_float:
+        return None
+    return model_from_checkpoint(read_weights(options.weights).checkpoint)
 
 
 def check_start(options: argparse.Namespace) -> None:
@@ -219,9 +243,16 @@ def costs(whole: Totals) -> str:
 
 
 def quantized_phase(
-    run: Run, float_model: DetectionModel, teacher: nn.Module | None, resume: dict | None
+    run: Run, float_model: DetectionModel, teacher: nn.Module | None, start: DetectionModel | None, resume: dict | None
 ) -> tuple[DetectionModel, Accuracy | None]:
     """Calibrates and trains the quantized network.
+
+    Args:
+        run: the run.
+        float_model: what is quantized.
+        teacher: what is learned from.
+        start: the quantized network that ``float_model`` has its weights and statistics from, if any.
+        resume: a checkpoint of this phase.
 
     Returns:
         The best deployable network, and the accuracy after calibration alone (None if an older checkpoint is resumed).
@@ -242,7 +273,7 @@ def quantized_phase(
         # Rounding shifts the mean and deviation of every layer. Circuit boards, 4 bit, calibrated only: mAP50 0.40 with
         # the float network's statistics, 0.54 with those of the quantized one from 128 images. Blood cells, 3 bit: 0.39
         # with those, 0.48 with the float network's moved by the difference.
-        run.shift_norms(model, float_model, QUANTIZED_EPOCHS)
+        run.shift_norms(model, float_model if start is None else start, QUANTIZED_EPOCHS)
         seconds = time.perf_counter() - started
         LOGGER.info(f"\nCalibrated on {sum(map(len, batches))} images in {seconds:.1f} s")
         reported = report_layers(run, model, batches)

@@ -108,6 +108,8 @@ def _origin(run: Run) -> str:
     options = run.options
     if not options.weights:
         return "none: from scratch"
+    if getattr(options, "starts_quantized", False):
+        return f"{options.weights} (the ones behind its codes)"
     follows = run.config is not None and not options.needs_float
     return f"{options.weights}" + (" (no float phase needed)" if follows else "")
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,11 @@ def test_runs_are_a_product_in_the_written_order_without_repeats(modules, tmp_pa
         ({"runs": []}, ["runs is empty"]),
         ({"variants": {"a": {"recipes": 1}}}, ["variants.a.'recipes'", "did you mean 'recipe'"]),
         ({"data": {"pcb": {"yaml": "a.yaml", "epoch": 3}}}, ["data.pcb.'epoch'", "'epochs'"]),
+        (
+            {"variants": {"a": {"stages": [["w6a6", 2], ["w4a4", 2]]}}},
+            ["variants.a.stages", "4 epochs leave none of 4"],
+        ),
+        ({"variants": {"a": {"stages": [["w9a9", 1]]}}}, ["9 is not possible"]),
     ],
 )
 def test_a_wrong_grid_is_named(values, words, modules, tmp_path):
@@ -206,6 +212,26 @@ def test_rows_differ_in_what_they_say_and_in_nothing_else(done, modules):
     assert slow["quantization"]["ada"]["enabled"] and slow["quantization"]["distillation"]["feature_mse"] > 0
     assert not base["quantization"]["ada"]["enabled"] and base["quantization"]["distillation"]["feature_mse"] == 0
     assert slow["hyp"] == {**base["hyp"], "quant_lr0": 0.0005}
+
+
+def test_stages_come_before_a_rows_own_bits_and_off_its_epochs(done, modules):
+    values = yaml.safe_load((done / "grid.yaml").read_text())
+    values["data"]["drawn"]["epochs"] = 3
+    values["variants"] = {"staged": {"stages": [["w6a6", 1], ["w4a4", 1]]}}
+    values["runs"] = [{"method": "lsq", "bits": "w3a3", "variant": "staged"}]
+    (done / "staged.yaml").write_text(yaml.safe_dump(values))
+    out = done / "staged"
+    shutil.copytree(done / "out" / "drawn_start", out / "drawn_start")
+    grid = modules["grid"].read_grid(done / "staged.yaml")
+    modules["accuracy"].run_cell(grid.cells[0], grid, out)
+    folder = out / "drawn_lsq_w3a3_staged_seed0"
+    files = [path / "weights" / "last.pt" for path in (out / "drawn_start", folder / "w6a6", folder / "w4a4", folder)]
+    for before, file, bits in zip(files, files[1:], (6, 4, 3), strict=False):
+        checkpoint = load_checkpoint(file)
+        assert checkpoint["quantization"]["weight"]["bits"] == checkpoint["quantization"]["activation"]["bits"] == bits
+        assert checkpoint["options"]["weights"] == str(before) and checkpoint["options"]["teacher"] == str(files[0])
+        assert checkpoint["epochs"] == 1 and checkpoint["finished"]
+    assert (folder / "result.json").exists()
 
 
 def test_a_holdout_is_trained_on_by_none_and_reported_on(done):

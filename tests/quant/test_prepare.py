@@ -273,5 +273,21 @@ def test_calibration_names_the_layer_that_is_not_finite():
         calibrate(model, [images()])
 
 
+@pytest.mark.parametrize("method", ["lsq", "pact", "dsq", "n2uq"])
+def test_the_range_rule_sets_the_activations_and_leaves_the_weights(method, tmp_path):
+    steps, recipe = {}, tmp_path / "recipe.yaml"
+    for rule in ("mse", "percentile", "max"):
+        recipe.write_text(f"calibration: {{range: {rule}}}\n", encoding="utf-8")
+        model = prepare(random_model(), build_config(method, 3, recipe=str(recipe)))
+        calibrate(model, [images()])
+        layer = model.model[3].conv
+        steps[rule] = layer.input_quantizer.current_step().item()
+        steps[rule, "weight"] = layer.weight_quantizer.current_step().clone()
+    assert steps["mse"] < steps["percentile"] < steps["max"]
+    assert torch.equal(steps["mse", "weight"], steps["max", "weight"])
+    with pytest.raises(UserError, match=r"calibration\.range.*entropy"):
+        QuantConfig.from_dict({"calibration": {"range": "entropy"}}, "a test")
+
+
 def test_concat_without_fusion_module_is_unchanged():
     assert isinstance(random_model().model[12], Concat) and random_model().model[12].balance is None

@@ -46,3 +46,23 @@ def test_constant_and_zero_inputs_give_a_usable_step():
         if x[0] != 0:
             assert squared_error(x, step, zero_point, Grid(0, 15)) < 0.01 * float(x.square().sum())
     assert (search_symmetric_step(torch.zeros(4, 9), Grid(-7, 7), 4) > 0).all()
+
+
+@pytest.mark.parametrize(("rule", "ends"), [("max", (-0.5, 40.0)), ("percentile", (-0.5, 2.0))])
+def test_the_other_rules_cover_what_they_say(rule, ends):
+    x = torch.cat([torch.linspace(-0.5, 2.0, 100_000), torch.tensor([40.0])])[torch.randperm(100_001)]
+    step, zero_point = search_affine_range(x, Grid(0, 255), rule)
+    reached = torch.stack([-zero_point * step, (255 - zero_point) * step]).flatten()
+    torch.testing.assert_close(reached, torch.tensor(ends), atol=0.6 * step.item(), rtol=0)
+    symmetric = search_symmetric_step(torch.stack([x, -3 * x]), Grid(-7, 7), 2, rule)
+    torch.testing.assert_close(symmetric, torch.tensor([1.0, 3.0]) * ends[1] / 7, rtol=0.01, atol=0)
+    unsigned = search_symmetric_step(x, Grid(0, 15), None, rule)
+    torch.testing.assert_close(unsigned, torch.tensor([ends[1] / 15]), rtol=0.01, atol=0)
+
+
+def test_a_rule_gives_constant_and_zero_inputs_a_usable_step():
+    for x in (torch.zeros(50), torch.full((50,), 3.0), torch.full((50,), -0.2)):
+        for rule in ("percentile", "max"):
+            step, zero_point = search_affine_range(x, Grid(0, 15), rule)
+            assert step > 0 and 0 <= zero_point <= 15
+            assert squared_error(x, step, zero_point, Grid(0, 15)) <= 0.01 * float(x.square().sum())
