@@ -21,6 +21,7 @@ import train
 import training.trainer
 from quant import kernels
 from quant.calibrate import calibrate
+from quant.config import QuantConfig
 from quant.fold import fold
 from quant.gabfusion import fusion_nodes
 from quant.latent import latent_state
@@ -288,6 +289,8 @@ def test_validated_statistics_are_those_of_the_averaged_weights(images, both_pha
         if key.endswith("running_mean") and not torch.allclose(value, before[key], rtol=1e-3, atol=1e-4)
     }  # fmt: skip
     assert (moved == set()) == (images == 8)
+    run_again.config = QuantConfig.from_dict({"batch_norm": {"reestimate": 512}})
+    assert [sum(map(len, run_again._norm_batches(0, limit))) for limit in (None, 4)] == [8, 4]
     float_state = states(both_phases / "weights" / "float_best.pt")
     for name in frozen:  # layers that are frozen keep theirs
         assert torch.equal(before[f"{name}.running_var"], float_state[f"{name}.running_var"])

@@ -43,6 +43,8 @@ def check_processes(options: argparse.Namespace) -> None:
         raise UserError("--sync-bn: PyTorch synchronises batch norms on GPUs only; leave it out on a CPU")
 
 
+# Of a calibrated network, which two networks are run on: their difference is steadier than either one's statistics.
+SHIFT_IMAGES = 128
 OWN_FILES = ("last.pt", "best.pt", "float_last.pt", "float_best.pt")
 
 
@@ -168,10 +170,10 @@ class Run:
     def shift_norms(self, model: nn.Module, float_model: nn.Module, epoch: int) -> None:
         """The same for a network that was only calibrated: its statistics move by what quantization changes."""
         if self.config.batch_norm.reestimate:
-            shift_norms(model, float_model, self._norm_batches(epoch), self.frozen_prefixes)
+            shift_norms(model, float_model, self._norm_batches(epoch, SHIFT_IMAGES), self.frozen_prefixes)
 
-    def _norm_batches(self, epoch: int) -> Iterable[Tensor]:
-        images = self.config.batch_norm.reestimate
+    def _norm_batches(self, epoch: int, limit: int | None = None) -> Iterable[Tensor]:
+        images = min(self.config.batch_norm.reestimate, limit or len(self.train_set))
         batches = -(-min(images, len(self.train_set)) // self.options.batch_size)
         return progress(self.training_batches(images, epoch), "batch norms", batches)
 
