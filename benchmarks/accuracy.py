@@ -385,8 +385,7 @@ def main(arguments: list[str] | None = None) -> int:
             run_cell(chosen[0], grid, output)
             return 0
         if not options.report:
-            jobs = min(2, os.cpu_count() or 1) if options.jobs is None and options.quick else options.jobs or 1
-            failed = run_all(file.resolve(), grid, output, jobs)
+            failed = run_all(file.resolve(), grid, output, options.jobs)
         for entry in report(file, grid, output, options.document.resolve()):
             name = " ".join(part for part in (entry["data"], entry["bits"], entry["method"], entry["variant"]) if part)
             LOGGER.info(f"{name:<32}mAP50 {entry['mAP50']:.4f}  {describe(entry['gap'])}")
