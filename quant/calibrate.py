@@ -24,14 +24,20 @@ class InputSampler:
 
     def __init__(self, batches: int) -> None:
         self.share = max(SAMPLE_LIMIT // max(batches, 1), 256)
-        self.parts: list[Tensor] = []
+        self.sample: list[Tensor] = []
+        self.extremes: list[Tensor] = []
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         values = inputs[0].detach().float()
         values = (module.equalized(values) if isinstance(module, Quantizer) else values).reshape(-1)
         stride = max(values.numel() // self.share, 1)
         # An odd stride, so that the sample does not stand on the same column of every row or channel of every pixel.
-        self.parts += [values[:: stride | 1], values.min().reshape(1), values.max().reshape(1)]
+        self.sample.append(values[:: stride | 1])
+        self.extremes += [values.min().reshape(1), values.max().reshape(1)]
+
+    def values(self, extremes: bool = True) -> Tensor:
+        """The sample, one dimension, with the extremes of each batch or, where shares of it count, without."""
+        return torch.cat(self.sample + self.extremes if extremes else self.sample)
 
 
 @torch.no_grad()
@@ -76,10 +82,9 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     rule = getattr(model, "quantization", {}).get("calibration", {}).get("range", "mse")
     for name, quantizer in inputs.items():
         quantizer.range_rule = rule
-        values = torch.cat(samplers[name].parts)
         if isinstance(quantizer, FixedGrid):
-            _check_image(values)
-        initialise(quantizer, values, name)
+            _check_image(samplers[name].values())
+        initialise(quantizer, samplers[name].values(extremes=rule != "percentile"), name)
     model.train(was_training)
 
 

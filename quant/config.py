@@ -101,7 +101,7 @@ class CalibrationConfig:
     Attributes:
         images: training images, letterboxed as in validation, over which ranges are searched.
         range: of activations: ``mse``, that of the smallest mean squared error; ``percentile``, all but the outermost
-            0.1 % of the values on each side; ``max``, all values. Weights always have ``mse``.
+            0.1 % of the values on each side; ``max``, all values. Weights have ``mse``, ``paper`` its own.
     """
 
     images: int = 64

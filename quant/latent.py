@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import Tensor, nn
 
-from quant.equalize import equalize
+from quant.equalize import quantizer_readers
 from quant.gabfusion import GABFusion
-from quant.prepare import example_input, quantizers, set_enabled
+from quant.prepare import example_input
 from utils.errors import UserError
 
 
+@torch.no_grad()
 def latent_state(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict of the float network whose weights ``model`` rounds.
 
     Its equalizing factors are taken back, its quantizers left out. Batch norms keep the quantized network's statistics,
-    which the float one does not have: move them (``quant.norms.shift_norms``) once it has been quantized again.
+    which are not the float one's: compute them anew (``quant.norms.reestimate_norms``) before it is calibrated.
 
     Args:
         model: prepared; left as it is.
@@ -30,9 +32,11 @@ def latent_state(model: nn.Module) -> dict[str, Tensor]:
             "--gabfusion"
         )
     model = copy.deepcopy(model)
-    set_enabled(model, False)
-    if any(quantizer.inverse_equalizer is not None for quantizer in quantizers(model).values()):
-        equalize(model.eval(), [example_input(model)], 0.0)  # all factors 1, the present ones go back into the weights
+    for quantizer, convolutions in quantizer_readers(model, example_input(model)).items():
+        factors = quantizer.inverse_equalizer
+        if factors is not None:
+            for weight in {id(conv.weight): conv.weight for conv in convolutions}.values():
+                weight.mul_(factors.reshape(1, -1, 1, 1).to(weight.dtype))
     # Not by module: a quantizer that several convolutions share is in the state_dict below each of them.
     slots = (".weight_quantizer.", ".input_quantizer.", ".output_quantizer.")
     return {name: value for name, value in model.state_dict().items() if not any(slot in name for slot in slots)}

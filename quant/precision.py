@@ -187,7 +187,7 @@ def _input_quantizers(
     method, options = QUANTIZERS[config.method], config.method_options()
     made = {}
     for name in names:
-        values = torch.cat(samplers[name].parts)
+        values = samplers[name].values()
         for b in bits:
             made[name, b] = method.for_activations(b, config.resolved_scheme(), options).to(values.device)
             initialise(made[name, b], values, f"input of {name}")

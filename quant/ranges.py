@@ -14,7 +14,7 @@ SHARES = torch.linspace(0.2, 1.0, 81)
 # Shares of the most negative value that an affine grid may cover; 0 drops the negative side as ReLU would.
 NEGATIVE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 RULES = ("mse", "percentile", "max")
-PERCENTILE = 0.999  # of the values on each side of zero that the ``percentile`` rule covers
+PERCENTILE = 0.999  # of the values that lie below the upper end, and above the lower one, by the ``percentile`` rule
 # Activation ranges are searched on this many values: more change the chosen step by less than one candidate.
 SAMPLE_LIMIT = 16384
 

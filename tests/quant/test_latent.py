@@ -20,7 +20,7 @@ def sound_model(seed: int = 0) -> DetectionModel:
     return model
 
 
-@pytest.mark.parametrize("method", ["lsq", "n2uq"])
+@pytest.mark.parametrize("method", ["lsq", "pact", "dsq", "n2uq"])
 def test_calibration_is_taken_back(method):
     before = {name: value.clone() for name, value in sound_model().state_dict().items()}
     model = prepare(sound_model(), build_config(method, 3))
@@ -33,6 +33,21 @@ def test_calibration_is_taken_back(method):
     for name, value in before.items():
         torch.testing.assert_close(state[name], value, rtol=1e-6, atol=0)
     assert all(torch.equal(value, held[name]) for name, value in model.state_dict().items())  # left as it is
+
+
+def test_weights_come_back_whatever_the_statistics_are():
+    """Those of the codes may make the float network's activations overflow."""
+    model = prepare(sound_model(), build_config("lsq", 3))
+    calibrate(model, [torch.rand(2, 3, 64, 64)])
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_var.fill_(1e-30)
+    state = latent_state(model)
+    before = sound_model().state_dict()
+    for name, value in state.items():
+        assert torch.isfinite(value).all()
+        if name.endswith("conv.weight"):
+            torch.testing.assert_close(value, before[name], rtol=1e-6, atol=0)
 
 
 def test_branch_factors_have_no_place():

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from quant.calibrate import InputSampler
 from quant.primitives import Grid, activation_grid, weight_grid
-from quant.ranges import search_affine_range, search_symmetric_step
+from quant.ranges import covered, search_affine_range, search_symmetric_step
 
 
 def squared_error(x, step, zero_point, grid):
@@ -58,6 +59,17 @@ def test_the_other_rules_cover_what_they_say(rule, ends):
     torch.testing.assert_close(symmetric, torch.tensor([1.0, 3.0]) * ends[1] / 7, rtol=0.01, atol=0)
     unsigned = search_symmetric_step(x, Grid(0, 15), None, rule)
     torch.testing.assert_close(unsigned, torch.tensor([ends[1] / 15]), rtol=0.01, atol=0)
+
+
+def test_the_percentile_is_that_of_all_images():
+    """Not of a sample that the extremes of every batch have been put into."""
+    torch.manual_seed(0)
+    sampler = InputSampler(16)
+    for _ in range(16):
+        sampler(torch.nn.Identity(), (torch.rand(2, 1, 200, 250) - 0.5,))
+    ends = torch.cat(covered(sampler.values(extremes=False)[None], "percentile"))
+    torch.testing.assert_close(ends, torch.tensor([-0.499, 0.499]), atol=6e-4, rtol=0)
+    assert sampler.values().max() > 0.4999 and sampler.values().min() < -0.4999
 
 
 def test_a_rule_gives_constant_and_zero_inputs_a_usable_step():
