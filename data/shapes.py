@@ -11,7 +11,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import numpy as np
 from utils.errors import UserError
 from utils.images import write_image
 from utils.log import LOGGER
+from utils.threads import ThreadPool
 
 CLASSES = ("ring", "triangle", "square", "star")
 STAMP_FILE = "drawn.json"
@@ -309,7 +309,7 @@ def _draw_split(root: Path, split: str, count: int, seeds: list[int], drawing: D
         lines = [f"{row[0]} " + " ".join(f"{value:.6f}" for value in box) for row, box in zip(rows, boxes, strict=True)]
         (labels / f"{index:04d}.txt").write_text("".join(f"{line}\n" for line in lines))
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with ThreadPool(min(4, os.cpu_count() or 1)) as pool:
         list(pool.map(draw, range(count)))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -23,6 +22,7 @@ from utils.memory import available_memory
 from utils.packed import offsets_of
 from utils.paths import written_at_once
 from utils.progress import progress
+from utils.threads import ThreadPool
 
 FILE_VERSION = 1
 DIGEST_BYTES = 32
@@ -154,7 +154,7 @@ def _write_file(file: Path, digest: bytes, shapes: np.ndarray, read: Read, prefi
 
 def _read_all(shapes: np.ndarray, read: Read, prefix: str) -> Iterator[np.ndarray]:
     """All images in order, decoded by several threads a block ahead."""
-    with ThreadPoolExecutor(READERS) as pool, progress(label=f"{prefix}: caching images", total=len(shapes)) as bar:
+    with ThreadPool(READERS) as pool, progress(label=f"{prefix}: caching images", total=len(shapes)) as bar:
         for begin in range(0, len(shapes), BLOCK):
             block = range(begin, min(begin + BLOCK, len(shapes)))
             for index, image in zip(block, pool.map(read, block), strict=True):

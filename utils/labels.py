@@ -7,7 +7,6 @@ the user's is ever rewritten: what is wrong is counted, named and left out.
 import math
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from utils.label_cache import LabelTable, cache_candidates, load_cache, save_cac
 from utils.log import LOGGER
 from utils.packed import PackedRows, PackedTexts
 from utils.progress import progress
+from utils.threads import ThreadPool
 
 MINIMUM_IMAGE_SIDE = 10  # pixels
 NAMED_PROBLEMS = 5  # how many problems of a data set are written out
@@ -227,7 +227,7 @@ def _renew(images: list[str], known: LabelTable | None, prefix: str) -> LabelTab
     places = [place.get(image, -1) for image in images]
     unchanged = [at >= 0 and np.array_equal(known.stamps[at], now) for at, now in zip(places, stamps, strict=True)]
     stale = [position for position, same in enumerate(unchanged) if not same]
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPool(READERS) as pool:
         read = pool.map(lambda position: read_entry(images[position], bool(stamps[position, 2] >= 0)), stale)
         fresh = dict(zip(stale, progress(read, f"{prefix}: reading labels", len(stale)), strict=True))
     entries = [fresh.get(position) or _known_entry(known, at) for position, at in enumerate(places)]

@@ -10,7 +10,6 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from utils.errors import UserError
 from utils.images import IMAGE_SUFFIXES, read_image
 from utils.labels import READERS, label_path
 from utils.progress import progress
+from utils.threads import ThreadPool
 
 CORNERS = ("pixels", "edges")
 LARGEST_XML = 10_000_000  # bytes; annotations of VOC have 1 to 20 thousand
@@ -179,7 +179,7 @@ def voc_to_yolo(
         annotation = read_annotation(file, corners) if file.is_file() else None
         return member, annotation, _find_image(source, member, annotation)
 
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPool(READERS) as pool:
         for member, annotation, image in progress(pool.map(convert, members), set_name, len(members)):
             if image is None:
                 counts.missing += 1
