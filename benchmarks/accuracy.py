@@ -7,7 +7,8 @@ Every row starts from the same float network, sees the same images in the same o
 The float row is trained on for as many epochs, with what suits a float network: SGD where the start was trained with it
 (AdamW, which low bits want, costs it points). The last epoch's averaged weights are measured, so nothing is selected on
 the split that is reported. A training that is done is not done again, one that was interrupted is resumed; rows may be
-added to a grid later. Results go to accuracy.json in --output and to docs/results.md, beside which the JSON is copied.
+added to a grid later, but rows of other settings than the grid's are refused. Results go to accuracy.json in --output
+and to docs/results.md, beside which the JSON is copied.
 """
 
 from __future__ import annotations
@@ -181,17 +182,46 @@ def run_cell(cell: Cell, grid: Grid, output: Path) -> None:
     folder = output / cell.name
     if (folder / RESULT).exists():
         return
+    begun = any(folder.rglob("last.pt"))
     started = time.perf_counter()
     weights = train_cell(cell, grid, output)
     seconds = time.perf_counter() - started
     settings = grid.data[cell.data]
-    values = measure(weights, data_yaml(cell.data, settings, output), settings, folder) | {
-        "train_seconds": round(seconds)
-    }
-    values |= {"cell": asdict(cell), "settings": asdict(settings), "date": date.today().isoformat()}
+    values = measure(weights, data_yaml(cell.data, settings, output), settings, folder)
+    values |= {"train_seconds": None if begun else round(seconds)}  # of a resumed one only the rest is known
+    values |= {"cell": asdict(cell), **conditions(cell, grid), "date": date.today().isoformat(), "machine": machine()}
+    values["quantization"] = load_checkpoint(weights)["quantization"]
     temporary = folder / f"{RESULT}.part"
     temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
     temporary.replace(folder / RESULT)  # whole or not at all
+
+
+def conditions(cell: Cell, grid: Grid) -> dict:
+    """What has to be the same for a result to be this grid's."""
+    variant = {} if cell.method == FLOAT else asdict(grid.variants[cell.variant])
+    return {"settings": asdict(grid.data[cell.data]), "variant": variant}
+
+
+def read_result(cell: Cell, grid: Grid, output: Path) -> dict | None:
+    """The finished result of a row and seed, or None.
+
+    Raises:
+        UserError: it was made with other settings than the grid's.
+    """
+    file = output / cell.name / RESULT
+    if not file.exists():
+        return None
+    result = json.loads(file.read_text(encoding="utf-8"))
+    for part, now in conditions(cell, grid).items():
+        then = result.get(part, {})  # older files have no variant
+        differing = [key for key in then if key in now and then[key] != now[key]]
+        if differing:
+            told = ", ".join(f"{key} {then[key]!r}, now {now[key]!r}" for key in differing)
+            raise UserError(
+                f"{file} was made with other settings than the grid's ({told}). Give another --output, or delete "
+                f"{file.parent}"
+            )
+    return result
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
@@ -203,10 +233,10 @@ def run_all(file: Path, grid: Grid, output: Path, jobs: int) -> int:
     Each of ``jobs`` processes does one training after the other: starting Python and the device took longer than an
     epoch.
     """
+    missing = [cell for cell in grid.cells if read_result(cell, grid, output) is None]
     for name in {cell.data: None for cell in grid.cells}:  # before the rows, which would all train it
         float_start(name, grid, output)
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1)))
-    missing = [cell for cell in grid.cells if not (output / cell.name / RESULT).exists()]
     failed = 0
     with ProcessPoolExecutor(jobs, get_context("spawn"), begin, (os.getpid(),)) as pool:
         running = {pool.submit(run_logged, cell, grid, output): cell for cell in missing}
@@ -257,15 +287,15 @@ def gather(grid: Grid, output: Path) -> dict[tuple[str, str, str, str], dict]:
     rows: dict[tuple[str, str, str, str], dict] = {}
     weights: dict[int, np.ndarray] = {}
     for cell in sorted(set(grid.cells), key=lambda cell: cell.seed):
-        folder = output / cell.name
-        if not (folder / RESULT).exists():
+        result = read_result(cell, grid, output)
+        if result is None:
             continue
-        counts = Counts.load(folder / COUNTS)
+        counts = Counts.load(output / cell.name / COUNTS)
         images = len(counts.labels)
         if images not in weights:
             weights[images] = draw_images(images)
         row = rows.setdefault((cell.data, cell.method, cell.bits, cell.variant), {"runs": [], "resampled": []})
-        row["runs"].append(json.loads((folder / RESULT).read_text(encoding="utf-8")))
+        row["runs"].append(result)
         row["resampled"].append(resampled_map(counts, weights[images]))
     for row in rows.values():
         row["resampled"] = np.stack(row["resampled"])
@@ -297,7 +327,10 @@ def summarise(rows: dict[tuple[str, str, str, str], dict]) -> list[dict]:
         for key in ("mAP50", "mAP75", "mAP", "matched", "IoU"):
             entry[key] = statistics.fmean(run[key] for run in runs)
         entry["spread"] = statistics.stdev(run["mAP50"] for run in runs) if len(runs) > 1 else None
-        entry["minutes"] = statistics.fmean(run["train_seconds"] for run in runs) / 60
+        times = [run["train_seconds"] for run in runs if run["train_seconds"] is not None]
+        entry["minutes"] = statistics.fmean(times) / 60 if times else None
+        kept = ("mAP50", "mAP75", "mAP", "matched", "IoU", "train_seconds", "date")
+        entry["by_seed"] = {str(run["cell"]["seed"]): {key: run[key] for key in kept} for run in runs}
         entry["gap"] = difference(row, rows.get((data, FLOAT, "", ""))) if method != FLOAT else None
         entry["gain"] = difference(row, rows.get((data, method, bits, "base"))) if variant not in ("", "base") else None
         found.append(entry)
@@ -316,7 +349,8 @@ def table(entries: list[dict]) -> list[str]:
         cells = [name, str(entry["seeds"]), f"{100 * entry['mAP50']:.1f}", spread]
         cells += [describe(entry["gap"]), describe(entry["gain"])]
         cells += [f"{100 * entry[key]:.1f}" for key in ("mAP75", "mAP", "matched")]
-        lines.append("| " + " | ".join([*cells, f"{entry['IoU']:.4f}", f"{entry['minutes']:.0f}"]) + " |")
+        minutes = "" if entry["minutes"] is None else f"{entry['minutes']:.1f}"
+        lines.append("| " + " | ".join([*cells, f"{entry['IoU']:.4f}", minutes]) + " |")
     return lines
 
 
@@ -333,14 +367,19 @@ def part_of(settings: DataSettings) -> str:
 def report(file: Path, grid: Grid, output: Path, document: Path) -> list[dict]:
     """Writes accuracy.json and the section of the document; returns the entries."""
     entries = summarise(gather(grid, output))
+    if not entries:
+        raise UserError(f"{output} has no finished training of {file}, so there is nothing to report")
     content = {"grid": file.name, "date": date.today().isoformat(), "machine": machine(), "rows": entries}
     for target in (output / "accuracy.json", document.parent / f"accuracy_{file.stem}.json"):
         target.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    lines = [f"## {grid.title}", "", f"`python benchmarks/accuracy.py benchmarks/grids/{file.name}`", ""]
+    given = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file.name
+    lines = [f"## {grid.title}", "", f"`python benchmarks/accuracy.py {given}`", ""]
+    dates = sorted({run["date"] for entry in entries for run in entry["by_seed"].values()})
     lines += [
-        f"{content['date']}, {content['machine']}. Points of mAP50, mean over seeds; spread: standard deviation over "
-        f"seeds. Brackets: 95 % of {RESAMPLES} bootstrap resamples of images and seeds together, paired between "
-        "the rows that are compared. Last epoch's averaged weights, nothing selected.",
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {content['machine']}. Points of mAP50, mean over seeds; "
+        f"spread: standard deviation over seeds. Brackets: 95 % of {RESAMPLES} bootstrap resamples of images and seeds "
+        "together, paired between the rows that are compared (two seeds understate their share). Last epoch's averaged "
+        "weights, nothing selected. Minutes of training: with as many trainings beside it as were run at a time.",
         "",
     ]
     for name in {entry["data"]: None for entry in entries}:
@@ -352,7 +391,7 @@ def report(file: Path, grid: Grid, output: Path, document: Path) -> list[dict]:
             *table([entry for entry in entries if entry["data"] == name]),
             "",
         ]
-    missing = [cell.name for cell in grid.cells if not (output / cell.name / RESULT).exists()]
+    missing = [cell.name for cell in grid.cells if read_result(cell, grid, output) is None]
     if missing:
         lines += [f"Not yet run: {len(missing)} of {len(grid.cells)} trainings ({', '.join(missing[:4])} ...).", ""]
     write_section(f"accuracy {file.stem}", lines, document)

@@ -135,22 +135,47 @@ def read_grid(file: Path) -> Grid:
             _known(file, f"{key}.{name}.", settings or {}, [f.name for f in fields(cls)])
             into[str(name)] = cls(**(settings or {}))
     for name, variant in grid.variants.items():
-        for bits, _ in variant.stages:
-            parse_bits(bits)
-        before, shortest = (
-            sum(epochs for _, epochs in variant.stages),
-            min((s.epochs for s in grid.data.values()), default=0),
-        )
-        if before and before >= shortest:
-            raise UserError(
-                f"{file}: variants.{name}.stages: their {before} epochs leave none of {shortest} for the row's own bits"
-            )
+        _check_variant(f"{file}: variants.{name}", variant)
     for number, block in enumerate(values.get("runs") or [], 1):
         grid.cells += _cells(block, grid, f"{file}: runs: entry {number}")
     grid.cells = list(dict.fromkeys(grid.cells))
+    for cell in grid.cells:
+        stages, epochs = grid.variants[cell.variant or "base"].stages, grid.data[cell.data].epochs
+        before = sum(length for _, length in stages)
+        if stages and before >= epochs:
+            raise UserError(
+                f"{file}: variants.{cell.variant}.stages: their {before} epochs leave none of {cell.data}'s {epochs} "
+                "for the row's own bits"
+            )
     if not grid.cells:
         raise UserError(f"{file}: runs is empty, there is nothing to train")
     return grid
+
+
+def _check_variant(where: str, variant: Variant) -> None:
+    kinds = {"flags": list, "recipe": (dict, str, type(None)), "hyp": dict, "stages": list}
+    for key, kind in kinds.items():
+        if not isinstance(getattr(variant, key), kind):
+            raise UserError(
+                f"{where}.{key}: {getattr(variant, key)!r} is not what belongs here, see benchmarks/grid.py"
+            )
+    for stage in variant.stages:
+        pair = isinstance(stage, list) and len(stage) == 2 and isinstance(stage[0], str) and type(stage[1]) is int
+        if not pair or stage[1] < 1:
+            raise UserError(f"{where}.stages: {stage!r} is no pair of bits and epochs such as [w6a6, 2]")
+        try:
+            parse_bits(stage[0])
+        except UserError as error:
+            raise UserError(f"{where}.stages: {error}") from None
+    bits = [bits for bits, _ in variant.stages]
+    if len(set(bits)) < len(bits):
+        raise UserError(f"{where}.stages: {', '.join(bits)}: each stage needs bits of its own")
+    alone = isinstance(variant.recipe, dict) and variant.recipe.get("distillation") is False
+    if bits and ("--gabfusion" in variant.flags or alone):
+        raise UserError(
+            f"{where}.stages: each stage starts from the weights behind the last one's codes and learns from the float "
+            "network, which neither --gabfusion nor distillation: false allows"
+        )
 
 
 def _known(file: Path, path: str, values: dict, names: tuple | list) -> None:
@@ -174,6 +199,10 @@ def _cells(block: dict[str, Any], grid: Grid, where: str) -> list[Cell]:
             if value not in allowed:
                 raise UserError(f"{where}: {key}: {value!r} is not possible; choose one of {', '.join(allowed)}")
     for bits in lists["bits"]:
-        parse_bits(bits)
+        if bits != "w{}a{}".format(*parse_bits(bits)):
+            raise UserError(f"{where}: bits: {bits!r}: write them as in w4a8, since rows are named by them")
+    for seed in lists["seed"]:
+        if type(seed) is not int:
+            raise UserError(f"{where}: seed: {seed!r} is not a whole number")
     cells = [Cell(**dict(zip(lists, values, strict=True))) for values in itertools.product(*lists.values())]
     return [Cell(c.data, FLOAT, "", "", c.seed) if c.method == FLOAT else c for c in cells]

@@ -63,10 +63,20 @@ def test_runs_are_a_product_in_the_written_order_without_repeats(modules, tmp_pa
         ({"variants": {"a": {"recipes": 1}}}, ["variants.a.'recipes'", "did you mean 'recipe'"]),
         ({"data": {"pcb": {"yaml": "a.yaml", "epoch": 3}}}, ["data.pcb.'epoch'", "'epochs'"]),
         (
-            {"variants": {"a": {"stages": [["w6a6", 2], ["w4a4", 2]]}}},
-            ["variants.a.stages", "4 epochs leave none of 4"],
+            {"variants": {"a": {"stages": [["w6a6", 2], ["w4a4", 2]]}}, "runs": [{"method": "lsq", "variant": "a"}]},
+            ["variants.a.stages", "4 epochs leave none of pcb's 4"],
         ),
-        ({"variants": {"a": {"stages": [["w9a9", 1]]}}}, ["9 is not possible"]),
+        ({"variants": {"a": {"stages": [["w9a9", 1]]}}}, ["grid.yaml: variants.a.stages", "9 is not possible"]),
+        *(
+            ({"variants": {"a": {"stages": wrong}}}, ["variants.a.stages", "pair of bits and epochs"])
+            for wrong in ([["w6a6"]], ["w6a6", 1], [["w6a6", "1"]], [["w6a6", 0]], [["w6a6", 1.5]], [[6, 1]])
+        ),
+        ({"variants": {"a": {"stages": "w6a6"}}}, ["variants.a.stages", "'w6a6' is not what belongs here"]),
+        ({"variants": {"a": {"stages": [["w6a6", 1], ["w6a6", 1]]}}}, ["variants.a.stages", "bits of its own"]),
+        ({"variants": {"a": {"stages": [["w6a6", 1]], "flags": ["--gabfusion"]}}}, ["neither --gabfusion nor"]),
+        ({"variants": {"a": {"flags": "--ada"}}}, ["variants.a.flags", "'--ada' is not what belongs here"]),
+        ({"runs": [{"method": "lsq", "bits": "3"}]}, ["entry 1", "write them as in w4a8"]),
+        ({"runs": [{"method": "lsq", "seed": "a"}]}, ["entry 1", "seed", "whole number"]),
     ],
 )
 def test_a_wrong_grid_is_named(values, words, modules, tmp_path):
@@ -241,6 +251,29 @@ def test_a_holdout_is_trained_on_by_none_and_reported_on(done):
     assert json.loads((out / "drawn_float_seed0" / "result.json").read_text())["images"] == 2
     data = {load_checkpoint(file)["options"]["data"] for file in out.rglob("last.pt")}
     assert data == {str(out / "drawn_holdout.yaml")}
+
+
+def test_results_of_other_settings_are_refused_and_named(done, modules, capsys):
+    values = yaml.safe_load((done / "grid.yaml").read_text())
+    values["data"]["drawn"]["epochs"] = 2
+    (done / "changed.yaml").write_text(yaml.safe_dump(values))
+    arguments = [str(done / "changed.yaml"), "--output", str(done / "out"), "--document", str(done / "changed.md")]
+    for more in ([], ["--report"]):
+        assert modules["accuracy"].main([*arguments, *more]) == 1
+        assert "epochs 1, now 2" in capsys.readouterr().out
+    values["data"]["drawn"]["epochs"], values["variants"]["slow"]["hyp"] = 1, {"quant_lr0": 0.001}
+    (done / "changed.yaml").write_text(yaml.safe_dump(values))
+    assert modules["accuracy"].main(arguments) == 1
+    assert "hyp {'quant_lr0': 0.0005}, now {'quant_lr0': 0.001}" in capsys.readouterr().out
+    assert not (done / "changed.md").exists()
+
+
+def test_a_report_of_nothing_leaves_the_document_alone(done, modules, capsys):
+    document = done / "kept.md"
+    document.write_text("tables\n")
+    arguments = [str(done / "grid.yaml"), "--output", str(done / "empty"), "--document", str(document), "--report"]
+    assert modules["accuracy"].main(arguments) == 1
+    assert "no finished training" in capsys.readouterr().out and document.read_text() == "tables\n"
 
 
 def test_what_is_done_is_not_done_again(done, modules, capsys):
