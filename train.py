@@ -167,9 +167,11 @@ def quantization_of(options: argparse.Namespace, model: DetectionModel) -> Quant
     config = build_config(options.quant, options.bits, options.gabfusion, options.ada, options.recipe, model.yaml)
     from_codes = getattr(options, "starts_quantized", False) and not options.needs_float
     if from_codes and config.needs_teacher and not options.teacher:
+        beside = Path(options.weights).with_name("float_best.pt")
+        named = f"--teacher {beside}" if beside.exists() else "--teacher FILE, its run's float weights"
         raise UserError(
-            f"--weights {options.weights} is quantized already, and the network would learn from a float one: name its "
-            "run's float weights with --teacher, or switch distillation off in a --recipe (distillation: false)"
+            f"--weights {options.weights} is quantized already, and the network would learn from a float one: add "
+            f"{named}, or switch distillation off in a --recipe (distillation: false)"
         )
     if options.teacher and not config.needs_teacher:
         raise UserError("--teacher: the recipe switches distillation off, so nothing is learned from it; add --ada")
@@ -252,12 +254,16 @@ def train_phases(run: Run, model: DetectionModel, resume: dict | None) -> None:
     start = None if start is None else start.to(run.device)
     rows = []
     if run.validates_first:
-        first = run.evaluate(model if start is None else start)
-        name = "float"
+        compared = [("float", model, float_bytes(model))]
         if start is not None:
-            name = f"start, {QuantConfig.from_saved(start.quantization, options.weights).bits_label()}"
-        LOGGER.info(f"{name.capitalize()}: mAP50 {first.map50:.4f}  mAP50-95 {first.map:.4f}")
-        rows.append((name, first, float_bytes(model) if start is None else quantized_bytes(start)))
+            bits = QuantConfig.from_saved(start.quantization, options.weights).bits_label()
+            compared = [(f"start, {bits}", start, quantized_bytes(start))]
+            if teacher is not None:  # what the gap is measured to
+                compared.insert(0, ("teacher, float", teacher, float_bytes(teacher)))
+        for name, network, size in compared:
+            rows.append((name, run.evaluate(network), size))
+            accuracy = rows[-1][1]
+            LOGGER.info(f"{name.capitalize()}: mAP50 {accuracy.map50:.4f}  mAP50-95 {accuracy.map:.4f}")
     quantized, calibrated = quantized_phase(run, model, teacher, start, resume if phase == "quantized" else None)
     final = calibrated if options.epochs == 0 else run.evaluate(quantized, plots=True)
     bits = run.config.bits_label()

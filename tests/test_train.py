@@ -522,12 +522,12 @@ def test_quantized_weights_start_a_network_of_fewer_bits(both_phases, data, tmp_
     teacher = str(both_phases / "weights" / "float_best.pt")
     wide = run(tmp_path, "wide", "--weights", teacher, "--data", data, "--quant", "lsq", "--bits", "6", "--epochs", "1")
     common = ["--weights", str(wide / "weights" / "best.pt"), "--data", data, "--quant", "lsq", "--bits", "3"]
-    with pytest.raises(UserError, match=r"quantized already, .* name its run's float weights with --teacher"):
+    with pytest.raises(UserError, match=r"quantized already, .* add --teacher FILE, its run's float weights, or"):
         run(tmp_path, "r", *common)
     narrow = run(tmp_path, "narrow", *common, "--teacher", teacher, "--epochs", "0")
     rows = json.loads((narrow / "summary.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["start, w6a6", "w3a3 calibrated only"]
-    assert rows[0]["mAP50"] == json.loads((wide / "summary.json").read_text())["rows"][-1]["mAP50"]
+    assert [row["name"] for row in rows] == ["teacher, float", "start, w6a6", "w3a3 calibrated only"]
+    assert rows[1]["mAP50"] == json.loads((wide / "summary.json").read_text())["rows"][-1]["mAP50"]
     # The weights are those behind the six-bit codes, not the float run's.
     states = [
         latent_state(model_from_checkpoint(load_checkpoint(folder / "weights" / "best.pt")))
