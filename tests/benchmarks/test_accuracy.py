@@ -319,6 +319,8 @@ def test_an_unknown_training_is_refused(done, modules, capsys):
     assert "nothing" in capsys.readouterr().out
 
 
-def test_a_training_ends_with_the_process_that_started_it():
-    code = "import sys, time; sys.path.insert(0, sys.argv[1]); import accuracy; accuracy.begin(0); time.sleep(60)"
-    assert subprocess.run([sys.executable, "-c", code, str(BENCHMARKS)], timeout=50).returncode == 1
+@pytest.mark.parametrize(("parent", "code"), [("0", 1), ("os.getppid()", 7)])
+def test_a_training_ends_with_the_process_that_started_it_and_not_before(parent, code):
+    program = f"import os, sys, time; sys.path.insert(0, sys.argv[1]); import accuracy; accuracy.begin({parent})"
+    program += "; time.sleep(3); sys.exit(7)"
+    assert subprocess.run([sys.executable, "-c", program, str(BENCHMARKS)], timeout=50).returncode == code
