@@ -372,7 +372,8 @@ def report(file: Path, grid: Grid, output: Path, document: Path) -> list[dict]:
     content = {"grid": file.name, "date": date.today().isoformat(), "machine": machine(), "rows": entries}
     for target in (output / "accuracy.json", document.parent / f"accuracy_{file.stem}.json"):
         target.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    given = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file.name
+    path = file.resolve()
+    given = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
     lines = [f"## {grid.title}", "", f"`python benchmarks/accuracy.py {given}`", ""]
     dates = sorted({run["date"] for entry in entries for run in entry["by_seed"].values()})
     lines += [
