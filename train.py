@@ -250,8 +250,7 @@ def train_phases(run: Run, model: DetectionModel, resume: dict | None) -> None:
     if run.config.needs_teacher:
         teacher = load_teacher(options.teacher, run.names) if options.teacher else copy.deepcopy(model)
         teacher = teacher.to(run.device).eval().fuse().to(memory_format=torch.channels_last)
-    start = quantized_start(options)
-    start = None if start is None else start.to(run.device)
+    start = quantized_start(options, run.device)
     rows = []
     if run.validates_first:
         compared = [("float", model, float_bytes(model))]

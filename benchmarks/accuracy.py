@@ -286,7 +286,7 @@ def gather(grid: Grid, output: Path) -> dict[tuple[str, str, str, str], dict]:
     """
     rows: dict[tuple[str, str, str, str], dict] = {}
     weights: dict[int, np.ndarray] = {}
-    for cell in sorted(set(grid.cells), key=lambda cell: cell.seed):
+    for cell in sorted(grid.cells, key=lambda cell: cell.seed):
         result = read_result(cell, grid, output)
         if result is None:
             continue

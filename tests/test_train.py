@@ -30,7 +30,7 @@ from quant.prepare import model_from_checkpoint, prepare
 from quant.quantizer import Quantizer
 from training.run import Phase
 from training.trainer import Trainer
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.run_log import read_results
 
@@ -536,6 +536,16 @@ def test_quantized_weights_start_a_network_of_fewer_bits(both_phases, data, tmp_
     first = next(name for name in states[0] if name.endswith("conv.weight"))
     torch.testing.assert_close(states[1][first], states[0][first], rtol=1e-5, atol=1e-7)
     assert not torch.equal(load_checkpoint(teacher)["ema"][first].float(), states[0][first])
+    # Statistics of the codes decide nothing: ranges are those of the float weights with statistics of their own.
+    changed = load_checkpoint(wide / "weights" / "best.pt")
+    for name, value in changed["ema"].items():
+        if name.endswith("running_var"):
+            value.mul_(100)
+    save_checkpoint(changed, tmp_path / "changed.pt")
+    common_changed = [str(tmp_path / "changed.pt") if argument.endswith("best.pt") else argument for argument in common]
+    again = run(tmp_path, "again", *common_changed, "--teacher", teacher, "--epochs", "0")
+    ours, theirs = (load_checkpoint(folder / "weights" / "best.pt")["ema"] for folder in (narrow, again))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     alone = tmp_path / "alone.yaml"
     alone.write_text("distillation: false\n", encoding="utf-8")
     trained = run(tmp_path, "trained", *common, "--recipe", str(alone), "--epochs", "1")

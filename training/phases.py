@@ -94,11 +94,11 @@ def behind_codes(options: argparse.Namespace, weights: Weights) -> Weights:
     return dataclasses.replace(weights, state_dict=state, quantization=None)
 
 
-def quantized_start(options: argparse.Namespace) -> DetectionModel | None:
+def quantized_start(options: argparse.Namespace, device: torch.device) -> DetectionModel | None:
     """The quantized network that the quantized phase starts from, or None where it starts from a float one."""
     if not getattr(options, "starts_quantized", False) or options.needs_float:
         return None
-    return model_from_checkpoint(read_weights(options.weights).checkpoint)
+    return model_from_checkpoint(read_weights(options.weights).checkpoint).to(device)
 
 
 def check_start(options: argparse.Namespace) -> None:
