@@ -37,7 +37,7 @@ from models.yolo import DetectionModel  # noqa: E402
 from quant import kernels  # noqa: E402
 from quant.calibrate import calibrate  # noqa: E402
 from quant.compilation import compile_quantizers  # noqa: E402
-from quant.config import DistillationConfig  # noqa: E402
+from quant.config import DISTILLATION_WEIGHTS, DistillationConfig  # noqa: E402
 from quant.prepare import prepare  # noqa: E402
 from quant.recipe import build_config  # noqa: E402
 from quant.registry import QUANTIZERS  # noqa: E402
@@ -108,7 +108,8 @@ class Step:
         self.images = images.to(memory_format=layout)
         if variant.flags is not None:
             config = build_config(bits=4, **dict(variant.flags))
-            config.distillation = DistillationConfig(logits=0.0)  # the teacher's pass would hide what quantizers cost
+            # No teacher, which would hide what quantizers cost.
+            config.distillation = DistillationConfig(**dict.fromkeys(DISTILLATION_WEIGHTS, 0.0))
             prepare(self.model, config)
             calibrate(self.model, [images])
             if variant.peer:

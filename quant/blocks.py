@@ -81,21 +81,30 @@ def add_up(parts: list[tuple], rows: int) -> Iterator[Tensor | float]:
     return (sum(column) if rows == 1 else torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def staircase(x: Tensor, step: Tensor | float, low: Tensor | float, high: Tensor | float) -> Tensor:
+def staircase(
+    x: Tensor, step: Tensor | float, low: Tensor | float, high: Tensor | float, factors: Tensor | None = None
+) -> Tensor:
     """``step * clip(round(x / step), low, high)`` of a dense ``x``, in its type, with float32 in between.
 
     Args:
         x: any shape; with R steps, R is the size of dimension 0.
         step: one value or R.
         low, high: smallest and largest code less the zero point; numbers, or one value each.
+        factors: None, or (C, 1, 1): ``x`` times these is taken.
     """
     if kernels.active(x, step):
-        return kernels.run(kernels.staircase, [x], step, low, high)[0]
+        return kernels.run(kernels.staircase, [x], step, low, high, factors=factors)[0]
+    x = equalized(x, factors)
     y = torch.empty_like(x)
     low, high = number(low), number(high)
     for divisor, values, out in pieces_with_step(step, x, y):
         level(values, divisor, low, high, out)
     return y
+
+
+def equalized(x: Tensor, factors: Tensor | None) -> Tensor:
+    """``x`` (B, C, H, W) times ``factors`` (C, 1, 1) in its type, or ``x`` where there are none."""
+    return x if factors is None else x * factors.to(x.dtype)
 
 
 def level(values: Tensor, step: Tensor | float, low: Tensor | float, high: Tensor | float, out: Tensor) -> Tensor:

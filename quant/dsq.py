@@ -50,6 +50,7 @@ from quant import kernels
 from quant.blocks import (
     Buffer,
     add_up,
+    equalized,
     level,
     multiply_add,
     number,
@@ -104,6 +105,7 @@ class DSQ(Quantizer):
     """
 
     any_precision = True
+    takes_factors = True
     Options = DSQOptions
 
     def __init__(
@@ -163,14 +165,15 @@ class DSQ(Quantizer):
         step = rows.amax(1).clamp_min(0) / self.grid.qmax
         return step if self.grid.qmin == 0 else torch.maximum(step, rows.amin(1) / self.grid.qmin)
 
-    def quantize(self, x: Tensor) -> Tensor:
+    def quantize(self, x: Tensor, factors: Tensor | None = None) -> Tensor:
         with torch.no_grad():
             step, zero_point = self._step_and_zero_point()
         scale = None
         if not self.paper:
             samples = 1 if self.channels else max(x.shape[0], 1)
             scale = step_gradient_scale(x.numel() // ((self.channels or 1) * samples), self.grid.qmax)
-        return _SoftStaircase.apply(x, self.lower, self.upper, self.alpha_logit, step, zero_point, self.grid, scale)
+        parameters = self.lower, self.upper, self.alpha_logit
+        return _SoftStaircase.apply(x, *parameters, step, zero_point, self.grid, scale, factors)
 
     @torch.no_grad()
     def integer(self) -> IntegerForm:
@@ -186,17 +189,17 @@ class _SoftStaircase(torch.autograd.Function):
 
     Inputs: x; the parameters ``lower`` (1,) or None, ``upper`` (R,), one value or one a row of x's dimension 0, and
     ``alpha_logit`` (1,); D (R,) and zero point (1,) or None, which follow from them; the grid; LSQ's gradient scale, or
-    None to scale no gradient.
+    None to scale no gradient; factors of x's channels, or None.
     """
 
     @staticmethod
-    def forward(ctx, x, lower, upper, alpha_logit, step, zero_point, grid, scale):
+    def forward(ctx, x, lower, upper, alpha_logit, step, zero_point, grid, scale, factors):
         x = dense(x)
         zero = 0 if zero_point is None else zero_point
-        y = staircase(x, step, grid.qmin - zero, grid.qmax - zero)
+        y = staircase(x, step, grid.qmin - zero, grid.qmax - zero, factors)
         kept = y if y.dtype is torch.float32 else None  # a shortened one is made again
         ctx.save_for_backward(x, kept, lower, upper, alpha_logit, step, zero_point)
-        ctx.grid, ctx.scale = grid, scale
+        ctx.grid, ctx.scale, ctx.factors = grid, scale, factors
         return y
 
     @staticmethod
@@ -208,7 +211,7 @@ class _SoftStaircase(torch.autograd.Function):
         curve = _Curve(number(_alpha(alpha_logit)), low, grid.levels - 1, lower is not None, learned)
         if ctx.scale is not None:
             curve.normalise()
-        gradient_x, moved, outside, slope, bend = curve.apply(step, same_layout(gradient, x), x, y)
+        gradient_x, moved, outside, slope, bend = curve.apply(step, same_layout(gradient, x), x, y, ctx.factors)
         distance = number(step)
         gradient_upper = (moved - low * distance * outside) / (distance * grid.qmax)
         gradient_lower, gradient_alpha = outside - gradient_upper, curve.alpha_gradient(slope, bend)
@@ -223,7 +226,7 @@ class _SoftStaircase(torch.autograd.Function):
             None if lower is None else _through_magnitude(lower, gradient_lower * lower_scale, negative=True),
             _through_magnitude(upper, gradient_upper * upper_scale),
             _through_sigmoid(alpha_logit, gradient_alpha * alpha_scale) if learned else None,
-            *[None] * 4,
+            *[None] * 5,
         )
 
 
@@ -250,19 +253,27 @@ class _Curve:
         """From now on the gradient of x is divided by the root mean square of dy/dx; the sums stay as they are."""
         self.divisor = (self.gain * (1 - (1 - self.alpha) ** 2 / 3)) ** 0.5
 
-    def apply(self, step: Tensor, gradient: Tensor, x: Tensor, y: Tensor | None) -> tuple:
+    def apply(self, step: Tensor, gradient: Tensor, x: Tensor, y: Tensor | None, factors: Tensor | None) -> tuple:
         """The gradient of ``x`` and the four sums of ``backward`` for the whole tensor, one each or R."""
         if kernels.active(x, step):
             scale = (self.gain / self.divisor, self.divisor)
             scale = torch.cat([torch.as_tensor(value, device=x.device).reshape(1) for value in scale])
             gradient_x, moved, outside, *others = kernels.run(
-                kernels.soft_backward, [gradient, x], step, self.low, self.low + self.intervals, self.k, scale
+                kernels.soft_backward,
+                [gradient, x],
+                step,
+                self.low,
+                self.low + self.intervals,
+                self.k,
+                scale,
+                factors=factors,
             )
             return gradient_x, moved, outside if self.affine else 0.0, *others
+        x = equalized(x, factors)
         gradient_x = torch.empty_like(x)
         views = pieces_with_step(step, x, x if y is None else y, gradient, gradient_x)
         parts = [self.backward(*view, remake=y is None) for view in views]
-        return gradient_x, *add_up(parts, step.numel())
+        return equalized(gradient_x, factors), *add_up(parts, step.numel())
 
     def backward(
         self, step: Tensor | float, x: Tensor, y: Tensor, gradient: Tensor, out: Tensor, remake: bool = False

@@ -68,16 +68,21 @@ def compiled(kernel: Callable) -> Callable:
     return torch.compile(kernel, dynamic=True)
 
 
-def run(kernel: Callable, tensors: Sequence[Tensor], *values: Tensor | float) -> tuple[Tensor, ...]:
+def run(
+    kernel: Callable, tensors: Sequence[Tensor], *values: Tensor | float, factors: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Calls the compiled form of ``kernel``.
 
     Args:
         kernel: one of those below.
         tensors: dense, of one layout; results of their size get that layout.
         values: single values or short vectors.
+        factors: of x's channels, see ``quant.native``; only for a tensor on a CPU.
     """
     if tensors[-1].device.type == "cpu":
-        return getattr(native, kernel.__name__)(*tensors, *values)
+        return getattr(native, kernel.__name__)(*tensors, *values, factors=factors)
+    if factors is not None:
+        raise ValueError(f"{kernel.__name__}: factors of channels are for tensors on a CPU")
     return run_compiled(kernel, tensors, *values)
 
 

@@ -46,6 +46,7 @@ class LSQ(Quantizer):
     """
 
     any_precision = True
+    takes_factors = True
 
     def __init__(self, bits: int, grid: Grid, scheme: str, channels: int | None = None, paper: bool = False) -> None:
         super().__init__(bits, grid, scheme, channels)
@@ -84,11 +85,11 @@ class LSQ(Quantizer):
         """LSQ's first steps ``2 <|v|> / sqrt(Qp)``, (C,), of values (C, N)."""
         return 2 * rows.abs().mean(1) / math.sqrt(self.grid.qmax)
 
-    def quantize(self, x: Tensor) -> Tensor:
+    def quantize(self, x: Tensor, factors: Tensor | None = None) -> Tensor:
         samples = 1 if self.channels else max(x.shape[0], 1)
         count = x.numel() // (self.channels or samples)
         scale = step_gradient_scale(count, self.grid.qmax)
-        return uniform_fake_quantize(x, self.step, self.zero_point, self.grid, scale, self.keep_output)
+        return uniform_fake_quantize(x, self.step, self.zero_point, self.grid, scale, self.keep_output, factors)
 
     @torch.no_grad()
     def integer(self) -> IntegerForm:

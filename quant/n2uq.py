@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from quant import kernels, native
-from quant.blocks import Buffer, pieces
+from quant.blocks import Buffer, equalized, pieces
 from quant.layouts import dense, same_layout
 from quant.lsq import LSQ
 from quant.primitives import (
@@ -167,10 +167,11 @@ class _NonuniformQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, step, scale, start, widths, zero_point, qmin, rate):
+    def forward(ctx, x, step, scale, start, widths, zero_point, qmin, rate, factors):
         x = dense(x)
         cells = _Cells(Staircase(step, scale, start, widths))
         ctx.cells, ctx.first, ctx.example = cells, qmin - zero_point, torch.empty_like(x, device="meta")
+        ctx.factors = factors
         native_kernels = kernels.native_active(x)
         if not native_kernels and kernels.active(x, step, widths.numel()):
             ctx.save_for_backward(x, None, step, scale, widths, rate)
@@ -178,9 +179,9 @@ class _NonuniformQuantize(torch.autograd.Function):
         values = from_codes(cells.passed(cells.rise_cells).float() + qmin, step, zero_point)
         values[0] = torch.nan
         if native_kernels:
-            y, numbers = native.cell_values(x, cells.width, cells.offset, values)
+            y, numbers = native.cell_values(x, cells.width, cells.offset, values, factors)
         else:
-            y, numbers = _table_forward(cells, x, values)
+            y, numbers = _table_forward(cells, equalized(x, factors), values)
         ctx.save_for_backward(numbers, values, step, scale, widths, rate)
         return y
 
@@ -191,12 +192,12 @@ class _NonuniformQuantize(torch.autograd.Function):
         cells = ctx.cells
         segment = cells.passed(cells.edge_cells)  # 0 and levels are outside
         slopes = torch.nn.functional.pad(step * scale / widths, (1, 1)).index_select(0, segment)
-        gradient_x, sums = _table_backward(cells, kept, same_layout(gradient, ctx.example), slopes)
+        gradient_x, sums = _table_backward(cells, kept, same_layout(gradient, ctx.example), slopes, ctx.factors)
         if values is None:
             values = (cells.passed(cells.rise_cells) + ctx.first) * step
         by_step = torch.dot(sums[1:], values[1:]) / step * rate
         by_ramp = _ramp_gradients(cells, segment, sums, scale, widths)
-        return gradient_x, by_step, *(by * (step * rate * THRESHOLD_RATE) for by in by_ramp), None, None, None
+        return gradient_x, by_step, *(by * (step * rate * THRESHOLD_RATE) for by in by_ramp), *[None] * 4
 
 
 def _table_forward(cells: _Cells, x: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,15 +213,18 @@ def _table_forward(cells: _Cells, x: Tensor, values: Tensor) -> tuple[Tensor, Te
     return y, numbers
 
 
-def _table_backward(cells: _Cells, kept: Tensor, gradient: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+def _table_backward(
+    cells: _Cells, kept: Tensor, gradient: Tensor, slopes: Tensor, factors: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The gradient of x, and the sums of ``gradient`` over each cell, piece by piece.
 
     Args:
         kept: cell numbers of x, int16, or x itself.
         slopes: dy/dx in each cell.
+        factors: of x's channels, or None.
     """
     if not kept.is_floating_point() and kernels.native_active(gradient):
-        return native.cell_backward(gradient, kept, slopes)
+        return native.cell_backward(gradient, kept, slopes, factors)
     gradient_x = torch.empty_like(gradient)
     sums = torch.zeros(len(slopes), device=gradient.device)
     buffer = Buffer()
@@ -233,7 +237,7 @@ def _table_backward(cells: _Cells, kept: Tensor, gradient: Tensor, slopes: Tenso
         if slope is not out:
             out.copy_(slope)
         sums += _cell_sums(found, upstream, len(slopes))
-    return gradient_x, sums
+    return equalized(gradient_x, factors), sums
 
 
 def _ramp_gradients(cells: _Cells, segment: Tensor, sums: Tensor, scale: Tensor, widths: Tensor) -> tuple[Tensor, ...]:
@@ -290,6 +294,7 @@ class N2UQ(Quantizer):
     """
 
     any_precision = True
+    takes_factors = True
     Options = N2UQOptions
     ema_copied = ("unit", "zero_point")  # constants of the calibration
 
@@ -352,11 +357,11 @@ class N2UQ(Quantizer):
             widths=self.widths.abs().clamp_max(4 * levels) + self.smallest_width,
         )
 
-    def quantize(self, x: Tensor) -> Tensor:
+    def quantize(self, x: Tensor, factors: Tensor | None = None) -> Tensor:
         samples = max(x.shape[0], 1) if x.dim() else 1
         # A dead layer's unit is 2**-20; its square must not become a factor of 1e12.
         rate = step_gradient_scale(x.numel() // samples, self.grid.qmax) / self.unit.clamp_min(2**-10) ** 2
-        return _NonuniformQuantize.apply(x, *self.stairs(), self.zero_point, self.grid.qmin, rate)
+        return _NonuniformQuantize.apply(x, *self.stairs(), self.zero_point, self.grid.qmin, rate, factors)
 
     @torch.no_grad()
     def integer(self) -> IntegerForm:

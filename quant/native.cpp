@@ -62,6 +62,48 @@ inline float exponential(float x) {
   return sum * power;
 }
 
+// Factors of channels: the value at place i, in memory order, has factor values[i / inner % channels]. Without values
+// nothing is multiplied.
+struct Factors {
+  const float* values;
+  int64_t channels, inner;
+
+  // to[i] = from[i] * factor of place first + i; to may be from.
+  template <class T>
+  void multiply(const T* from, T* to, int64_t first, int64_t count) const {
+    int64_t channel = first / inner % channels, left = inner - first % inner;
+    for (int64_t done = 0; done < count;) {
+      if (inner == 1) {  // channels last
+        const int64_t length = std::min(channels - channel, count - done);
+        const float* row = values + channel;
+#pragma omp simd
+        for (int64_t i = 0; i < length; ++i) store(to[done + i], load(from[done + i]) * row[i]);
+        done += length, channel = 0;
+      } else {
+        const int64_t length = std::min(left, count - done);
+        const float factor = values[channel];
+#pragma omp simd
+        for (int64_t i = 0; i < length; ++i) store(to[done + i], load(from[done + i]) * factor);
+        done += length, left = inner, channel = channel + 1 == channels ? 0 : channel + 1;
+      }
+    }
+  }
+
+  // The chunk of x that is quantized: x itself, or the product in `room`.
+  template <class T>
+  const T* apply(const T* x, T* room, int64_t first, int64_t count) const {
+    if (!values) return x + first;
+    multiply(x + first, room, first, count);
+    return room;
+  }
+
+  // A chunk of the gradient of the product becomes that of x.
+  template <class T>
+  void turn_back(T* chunk, int64_t first, int64_t count) const {
+    if (values) multiply(chunk, chunk, first, count);
+  }
+};
+
 // body(number of the chunk, row, first value, count) for all chunks of all rows.
 template <class Body>
 void each_chunk(int64_t rows, int64_t columns, int threads, Body body) {
@@ -74,11 +116,12 @@ void each_chunk(int64_t rows, int64_t columns, int threads, Body body) {
 }
 
 template <class T>
-void staircase(const T* x, T* y, int64_t rows, int64_t columns, const float* steps, float low, float high,
-               int threads) {
+void staircase(const T* x, T* y, int64_t rows, int64_t columns, Factors factors, const float* steps, float low,
+               float high, int threads) {
   each_chunk(rows, columns, threads, [=](int64_t, int64_t row, int64_t first, int64_t count) {
     const float step = steps[row];
-    const T* from = x + first;
+    T room[CHUNK];
+    const T* from = factors.apply(x, room, first, count);
     T* to = y + first;
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) store(to[i], level(load(from[i]), step, low, high));
@@ -86,11 +129,12 @@ void staircase(const T* x, T* y, int64_t rows, int64_t columns, const float* ste
 }
 
 template <class T>
-void uniform_backward(const T* gradient, const T* x, T* out, int64_t rows, int64_t columns, const float* steps,
-                      float low, float high, double* sums, int threads) {
+void uniform_backward(const T* gradient, const T* x, T* out, int64_t rows, int64_t columns, Factors factors,
+                      const float* steps, float low, float high, double* sums, int threads) {
   each_chunk(rows, columns, threads, [=](int64_t chunk, int64_t row, int64_t first, int64_t count) {
     const float step = steps[row], lowest = low * step, highest = high * step;
-    const T *up = gradient + first, *from = x + first;
+    T room[CHUNK];
+    const T *up = gradient + first, *from = factors.apply(x, room, first, count);
     T* to = out + first;
     float by_step = 0, outside = 0;
 #pragma omp simd reduction(+ : by_step, outside)
@@ -101,15 +145,17 @@ void uniform_backward(const T* gradient, const T* x, T* out, int64_t rows, int64
       outside += g - passed;
       store(to[i], passed);
     }
+    factors.turn_back(to, first, count);
     sums[2 * chunk] = by_step, sums[2 * chunk + 1] = outside;
   });
 }
 
 template <class T>
-void clipped_backward(const T* gradient, const T* x, T* out, int64_t rows, int64_t columns, const float*, float low,
-                      float high, double* sums, int threads) {
+void clipped_backward(const T* gradient, const T* x, T* out, int64_t rows, int64_t columns, Factors factors,
+                      const float*, float low, float high, double* sums, int threads) {
   each_chunk(rows, columns, threads, [=](int64_t chunk, int64_t, int64_t first, int64_t count) {
-    const T *up = gradient + first, *from = x + first;
+    T room[CHUNK];
+    const T *up = gradient + first, *from = factors.apply(x, room, first, count);
     T* to = out + first;
     float all = 0, inside = 0, above = 0;
 #pragma omp simd reduction(+ : all, inside, above)
@@ -119,16 +165,19 @@ void clipped_backward(const T* gradient, const T* x, T* out, int64_t rows, int64
       all += g, inside += passed, above += value >= high ? g : 0.0f;
       store(to[i], passed);
     }
+    factors.turn_back(to, first, count);
     sums[2 * chunk] = above, sums[2 * chunk + 1] = all - inside - above;
   });
 }
 
 template <class T>
-void soft_backward(const T* gradient, const T* x, T* out, int64_t rows, int64_t columns, const float* steps, float low,
-                   float high, float k, float gain, float divisor, double* sums, int threads) {
+void soft_backward(const T* gradient, const T* x, T* out, int64_t rows, int64_t columns, Factors factors,
+                   const float* steps, float low, float high, float k, float gain, float divisor, double* sums,
+                   int threads) {
   each_chunk(rows, columns, threads, [=](int64_t chunk, int64_t row, int64_t first, int64_t count) {
     const float step = steps[row], intervals = high - low;
-    const T *up = gradient + first, *from = x + first;
+    T room[CHUNK];
+    const T *up = gradient + first, *from = factors.apply(x, room, first, count);
     T* to = out + first;
     float moved = 0, outside = 0, slope = 0, bend = 0;
 #pragma omp simd reduction(+ : moved, outside, slope, bend)
@@ -145,6 +194,7 @@ void soft_backward(const T* gradient, const T* x, T* out, int64_t rows, int64_t 
       bend += passed * soft;
       store(to[i], through);
     }
+    factors.turn_back(to, first, count);
     double* sum = sums + 4 * chunk;
     sum[0] = moved, sum[1] = outside, sum[2] = slope, sum[3] = bend;
   });
@@ -159,10 +209,11 @@ inline int32_t cell_of(float value, float inverse_width, float offset, float cel
 }
 
 template <class T>
-void cell_values(const T* x, T* y, int16_t* numbers, int64_t count, float inverse_width, float offset, float cells,
-                 const float* table, int threads) {
+void cell_values(const T* x, T* y, int16_t* numbers, int64_t count, Factors factors, float inverse_width, float offset,
+                 float cells, const float* table, int threads) {
   each_chunk(1, count, threads, [=](int64_t, int64_t, int64_t first, int64_t length) {
-    const T* from = x + first;
+    T room[CHUNK];
+    const T* from = factors.apply(x, room, first, length);
     T* to = y + first;
     int16_t* found = numbers + first;
 #pragma omp simd
@@ -177,19 +228,23 @@ void cell_values(const T* x, T* y, int16_t* numbers, int64_t count, float invers
 // The gradient of x by a table of slopes, and the sums of the gradient over each cell: `slices` pairs of tables of
 // `cells` sums. Neighbours are often in one cell; with a table for every other value they need not wait for each other.
 template <class T>
-void cell_backward(const T* gradient, const int16_t* numbers, T* out, int64_t count, const float* slopes, float* sums,
-                   int64_t cells, int slices, int threads) {
+void cell_backward(const T* gradient, const int16_t* numbers, T* out, int64_t count, Factors factors,
+                   const float* slopes, float* sums, int64_t cells, int slices, int threads) {
   const int64_t length = (count + slices - 1) / slices;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int slice = 0; slice < slices; ++slice) {
     const int64_t first = slice * length, last = std::min(count, first + length);
     float *even = sums + 2 * slice * cells, *odd = even + cells;
-#pragma omp simd
-    for (int64_t i = first; i < last; ++i) store(out[i], slopes[numbers[i]] * load(gradient[i]));
     int64_t i = first;
-    for (; i + 1 < last; i += 2) {
-      even[numbers[i]] += load(gradient[i]);
-      odd[numbers[i + 1]] += load(gradient[i + 1]);
+    for (int64_t start = first; start < last; start += CHUNK) {
+      const int64_t end = std::min(start + CHUNK, last);
+#pragma omp simd
+      for (int64_t j = start; j < end; ++j) store(out[j], slopes[numbers[j]] * load(gradient[j]));
+      factors.turn_back(out + start, start, end - start);
+      for (; i + 1 < end; i += 2) {
+        even[numbers[i]] += load(gradient[i]);
+        odd[numbers[i + 1]] += load(gradient[i + 1]);
+      }
     }
     if (i < last) even[numbers[i]] += load(gradient[i]);
   }
@@ -197,31 +252,36 @@ void cell_backward(const T* gradient, const int16_t* numbers, T* out, int64_t co
 
 }  // namespace
 
+#define FACTORS const float *values, int64_t channels, int64_t inner
 #define DEFINE(SUFFIX, T)                                                                                             \
-  extern "C" void staircase_##SUFFIX(const T* x, T* y, int64_t rows, int64_t columns, const float* steps, float low,  \
-                                     float high, int threads) {                                                       \
-    staircase(x, y, rows, columns, steps, low, high, threads);                                                        \
+  extern "C" void staircase_##SUFFIX(const T* x, T* y, int64_t rows, int64_t columns, FACTORS, const float* steps,    \
+                                     float low, float high, int threads) {                                            \
+    staircase(x, y, rows, columns, {values, channels, inner}, steps, low, high, threads);                             \
   }                                                                                                                   \
   extern "C" void uniform_backward_##SUFFIX(const T* gradient, const T* x, T* out, int64_t rows, int64_t columns,     \
-                                            const float* steps, float low, float high, double* sums, int threads) {   \
-    uniform_backward(gradient, x, out, rows, columns, steps, low, high, sums, threads);                               \
+                                            FACTORS, const float* steps, float low, float high, double* sums,         \
+                                            int threads) {                                                            \
+    uniform_backward(gradient, x, out, rows, columns, {values, channels, inner}, steps, low, high, sums, threads);    \
   }                                                                                                                   \
   extern "C" void clipped_backward_##SUFFIX(const T* gradient, const T* x, T* out, int64_t rows, int64_t columns,     \
-                                            const float* steps, float low, float high, double* sums, int threads) {   \
-    clipped_backward(gradient, x, out, rows, columns, steps, low, high, sums, threads);                               \
+                                            FACTORS, const float* steps, float low, float high, double* sums,         \
+                                            int threads) {                                                            \
+    clipped_backward(gradient, x, out, rows, columns, {values, channels, inner}, steps, low, high, sums, threads);    \
   }                                                                                                                   \
   extern "C" void soft_backward_##SUFFIX(const T* gradient, const T* x, T* out, int64_t rows, int64_t columns,        \
-                                         const float* steps, float low, float high, float k, float gain,              \
+                                         FACTORS, const float* steps, float low, float high, float k, float gain,     \
                                          float divisor, double* sums, int threads) {                                  \
-    soft_backward(gradient, x, out, rows, columns, steps, low, high, k, gain, divisor, sums, threads);                \
+    soft_backward(gradient, x, out, rows, columns, {values, channels, inner}, steps, low, high, k, gain, divisor,     \
+                  sums, threads);                                                                                     \
   }                                                                                                                   \
-  extern "C" void cell_values_##SUFFIX(const T* x, T* y, int16_t* numbers, int64_t count, float inverse_width,        \
-                                       float offset, float cells, const float* table, int threads) {                  \
-    cell_values(x, y, numbers, count, inverse_width, offset, cells, table, threads);                                  \
+  extern "C" void cell_values_##SUFFIX(const T* x, T* y, int16_t* numbers, int64_t count, FACTORS,                    \
+                                       float inverse_width, float offset, float cells, const float* table,            \
+                                       int threads) {                                                                 \
+    cell_values(x, y, numbers, count, {values, channels, inner}, inverse_width, offset, cells, table, threads);       \
   }                                                                                                                   \
-  extern "C" void cell_backward_##SUFFIX(const T* gradient, const int16_t* numbers, T* out, int64_t count,            \
+  extern "C" void cell_backward_##SUFFIX(const T* gradient, const int16_t* numbers, T* out, int64_t count, FACTORS,   \
                                          const float* slopes, float* sums, int64_t cells, int slices, int threads) {  \
-    cell_backward(gradient, numbers, out, count, slopes, sums, cells, slices, threads);                               \
+    cell_backward(gradient, numbers, out, count, {values, channels, inner}, slopes, sums, cells, slices, threads);    \
   }
 
 DEFINE(float32, float)

@@ -7,7 +7,8 @@ same cores.
 
 Functions take dense tensors of one layout, float32 or bfloat16, and give what the formulas of the same name in
 ``quant.kernels`` give, with a step for each row of dimension 0 if there are several. Sums do not depend on the number
-of threads.
+of threads. With ``factors`` (C, 1, 1), one for each channel of a four-dimensional tensor, ``x`` times them takes the
+place of ``x``, and the gradient of ``x`` is that of the product times them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ CHUNK = 16384  # as in native.cpp
 # would keep track of floating-point exceptions.
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-ffp-contract=off"]
+PERIOD = 1024  # factors of channels that lie next to each other are repeated up to here
 SLICES = 8  # tables of sums over cells, added up in the same order whatever the number of threads
 
 _library: ctypes.CDLL | None = None
@@ -158,46 +160,74 @@ def _floats(*values: Tensor | float) -> list[ctypes.c_float]:
     return [ctypes.c_float(value) for value in values]  # a tensor of one value is a number too
 
 
-def _rows(x: Tensor, step: Tensor | float) -> tuple[Tensor, list]:
-    """The steps as a float32 tensor, and the arguments rows, columns and steps."""
+def _rows(x: Tensor, step: Tensor | float, factors: Tensor | None) -> tuple[tuple, list]:
+    """The tensors behind the arguments rows, columns, factors and steps, and these; float32 steps come first."""
     steps = step if isinstance(step, Tensor) else torch.full((1,), step)
     steps = steps.detach().float().reshape(-1).contiguous()
     rows = steps.numel()
-    return steps, [ctypes.c_int64(rows), ctypes.c_int64(x.numel() // rows), _pointer(steps)]
+    kept, arguments = _factors(x, factors)
+    size = [ctypes.c_int64(rows), ctypes.c_int64(x.numel() // rows)]
+    return (steps, kept), [*size, *arguments, _pointer(steps)]
 
 
-def staircase(x: Tensor, step: Tensor | float, low: Tensor | float, high: Tensor | float) -> tuple[Tensor]:
+def _factors(x: Tensor, factors: Tensor | None) -> tuple[Tensor | None, list]:
+    """The factors as the library takes them, and the arguments values, channels and values a channel in a row."""
+    if factors is None:
+        return None, [ctypes.c_void_p(None), ctypes.c_int64(1), ctypes.c_int64(1)]
+    channels, inner = x.shape[1], x[0, 0].numel() if x.is_contiguous() else 1
+    values = factors.detach().reshape(-1).to(x.dtype).float()  # rounded as a product of tensors would do
+    if inner == 1:  # a short inner loop would cost more than the product
+        values = values.repeat(-(-PERIOD // channels))
+    return values, [_pointer(values), ctypes.c_int64(values.numel() if inner == 1 else channels), ctypes.c_int64(inner)]
+
+
+def staircase(
+    x: Tensor, step: Tensor | float, low: Tensor | float, high: Tensor | float, factors: Tensor | None = None
+) -> tuple[Tensor]:
     """``step * clip(round(x / step), low, high)``, in x's type."""
     y = torch.empty_like(x)
     if low != low or high != high:  # a limit that is NaN would clip nothing
         step = torch.nan
-    _steps, rows = _rows(x, step)  # the name keeps the memory that ``rows`` points to
-    _call("staircase", x, _pointer(x), _pointer(y), *rows, *_floats(low, high))
+    _kept, arguments = _rows(x, step, factors)  # the name keeps the memory that the arguments point to
+    _call("staircase", x, _pointer(x), _pointer(y), *arguments, *_floats(low, high))
     return (y,)
 
 
 def _with_sums(
-    name: str, count: int, gradient: Tensor, x: Tensor, step: Tensor | float, *values: Tensor | float
+    name: str,
+    count: int,
+    gradient: Tensor,
+    x: Tensor,
+    step: Tensor | float,
+    *values: Tensor | float,
+    factors: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """A backward function: the gradient of ``x``, and ``count`` sums, (1,) each or one for each step."""
     out = torch.empty_like(x)
-    steps, rows = _rows(x, step)
+    (steps, _kept), arguments = _rows(x, step, factors)
     columns = x.numel() // steps.numel()
     sums = torch.empty(steps.numel(), -(-columns // CHUNK), count, dtype=torch.float64)
-    _call(name, x, _pointer(gradient), _pointer(x), _pointer(out), *rows, *_floats(*values), _pointer(sums))
+    _call(name, x, _pointer(gradient), _pointer(x), _pointer(out), *arguments, *_floats(*values), _pointer(sums))
     return out, *sums.sum(1).float().unbind(1)
 
 
 def uniform_backward(
-    gradient: Tensor, x: Tensor, step: Tensor | float, low: Tensor | float, high: Tensor | float
+    gradient: Tensor,
+    x: Tensor,
+    step: Tensor | float,
+    low: Tensor | float,
+    high: Tensor | float,
+    factors: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """LSQ's gradients: of x; the sum of dL/ds times s; the sum of the gradient outside."""
-    return _with_sums("uniform_backward", 2, gradient, x, step, low, high)
+    return _with_sums("uniform_backward", 2, gradient, x, step, low, high, factors=factors)
 
 
-def clipped_backward(gradient: Tensor, x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
+def clipped_backward(
+    gradient: Tensor, x: Tensor, low: Tensor, high: Tensor, factors: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """PACT's gradients: of x; the sums of the gradient at and above ``high`` and at and below ``low`` (values)."""
-    return _with_sums("clipped_backward", 2, gradient, x, 1.0, low, high)
+    return _with_sums("clipped_backward", 2, gradient, x, 1.0, low, high, factors=factors)
 
 
 def soft_backward(
@@ -208,12 +238,15 @@ def soft_backward(
     high: Tensor | float,
     k: Tensor | float,
     scale: Tensor,
+    factors: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """DSQ's gradients: of x, and the sums that ``quant.dsq`` calls moved, outside, slope and bend."""
-    return _with_sums("soft_backward", 4, gradient, x, step, low, high, k, *scale.tolist())
+    return _with_sums("soft_backward", 4, gradient, x, step, low, high, k, *scale.tolist(), factors=factors)
 
 
-def cell_values(x: Tensor, width: Tensor, offset: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+def cell_values(
+    x: Tensor, width: Tensor, offset: Tensor, table: Tensor, factors: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """N2UQ forward: the values that ``table`` has for the cells of ``x``, and their numbers.
 
     Args:
@@ -226,12 +259,15 @@ def cell_values(x: Tensor, width: Tensor, offset: Tensor, table: Tensor) -> tupl
     """
     y, numbers = torch.empty_like(x), torch.empty(x.numel(), dtype=torch.int16)
     values = _floats(1 / width.item(), offset, len(table) - 1)
-    count = ctypes.c_int64(x.numel())
-    _call("cell_values", x, _pointer(x), _pointer(y), _pointer(numbers), count, *values, _pointer(table))
+    _kept, arguments = _factors(x, factors)  # the name keeps the memory that the arguments point to
+    arguments = [_pointer(x), _pointer(y), _pointer(numbers), ctypes.c_int64(x.numel()), *arguments]
+    _call("cell_values", x, *arguments, *values, _pointer(table))
     return y, numbers
 
 
-def cell_backward(gradient: Tensor, numbers: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+def cell_backward(
+    gradient: Tensor, numbers: Tensor, slopes: Tensor, factors: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """N2UQ backward: ``gradient`` times the slope of each value's cell, and the sums of ``gradient`` over each cell.
 
     Args:
@@ -242,6 +278,7 @@ def cell_backward(gradient: Tensor, numbers: Tensor, slopes: Tensor) -> tuple[Te
     slices = min(SLICES, -(-gradient.numel() // CHUNK))
     sums = torch.zeros(2 * slices, len(slopes))
     count, cells = ctypes.c_int64(gradient.numel()), ctypes.c_int64(len(slopes))
-    arguments = [_pointer(gradient), _pointer(numbers), _pointer(out), count, _pointer(slopes), _pointer(sums), cells]
-    _call("cell_backward", gradient, *arguments, ctypes.c_int(slices))
+    _kept, arguments = _factors(gradient, factors)
+    arguments = [_pointer(gradient), _pointer(numbers), _pointer(out), count, *arguments]
+    _call("cell_backward", gradient, *arguments, _pointer(slopes), _pointer(sums), cells, ctypes.c_int(slices))
     return out, sums.sum(0)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from quant import kernels
-from quant.blocks import Buffer, add_up, inside_gradient, number, pieces, staircase, total
+from quant.blocks import Buffer, add_up, equalized, inside_gradient, number, pieces, staircase, total
 from quant.layouts import dense, same_layout
 from quant.primitives import (
     SMALLEST_STEP,
@@ -99,7 +99,7 @@ class _ClippedFakeQuantize(torch.autograd.Function):
     """Fake quantization with the gradients of the clip for x, the upper and the lower limit (formulas on top)."""
 
     @staticmethod
-    def forward(ctx, x, upper, lower, step, zero_point, qmin, qmax):
+    def forward(ctx, x, upper, lower, step, zero_point, qmin, qmax, factors):
         x = dense(x)
         if lower is None:  # dy/dupper below is qmin / qmax: 0 unsigned, about -1 for a signed grid
             low, high = upper * (qmin / qmax), upper
@@ -109,7 +109,8 @@ class _ClippedFakeQuantize(torch.autograd.Function):
         # The output is not saved: the boundaries say all that the gradients need.
         ctx.save_for_backward(x, low, high)
         ctx.two_sided, ctx.ratio = lower is not None, 0.0 if lower is not None else qmin / qmax
-        return staircase(x, step, qmin, qmax)
+        ctx.factors = factors
+        return staircase(x, step, qmin, qmax, factors)
 
     @staticmethod
     @once_differentiable
@@ -117,12 +118,15 @@ class _ClippedFakeQuantize(torch.autograd.Function):
         x, low, high = ctx.saved_tensors
         gradient = same_layout(gradient, x)
         if kernels.active(x, low):
-            gradient_x, above, below = kernels.run(kernels.clipped_backward, [gradient, x], low, high)
+            gradient_x, above, below = kernels.run(
+                kernels.clipped_backward, [gradient, x], low, high, factors=ctx.factors
+            )
         else:
-            gradient_x, above, below = _clipped_backward(gradient, x, low, high)
+            gradient_x, above, below = _clipped_backward(gradient, equalized(x, ctx.factors), low, high)
+            gradient_x = equalized(gradient_x, ctx.factors)
         gradient_upper = torch.zeros_like(high) + (above if ctx.two_sided else above + below * ctx.ratio)
         gradient_lower = torch.zeros_like(high) - below if ctx.two_sided else None
-        return gradient_x, gradient_upper, gradient_lower, None, None, None, None
+        return gradient_x, gradient_upper, gradient_lower, *[None] * 5
 
 
 def _clipped_backward(
@@ -169,6 +173,7 @@ class PACT(Quantizer):
     """
 
     any_precision = True
+    takes_factors = True
     Options = PACTOptions
 
     def __init__(self, bits: int, grid: Grid, scheme: str, options: PACTOptions | None = None) -> None:
@@ -222,10 +227,10 @@ class PACT(Quantizer):
             self.lower.copy_((zero_point - self.grid.qmin) * step)
         self.alpha.copy_(torch.full_like(upper, self.initial_clip) if self.initial_clip else upper)
 
-    def quantize(self, x: Tensor) -> Tensor:
+    def quantize(self, x: Tensor, factors: Tensor | None = None) -> Tensor:
         upper, lower = self.clips()
         step, zero_point = self._step_and_zero_point(upper, lower)
-        return _ClippedFakeQuantize.apply(x, upper, lower, step, zero_point, self.grid.qmin, self.grid.qmax)
+        return _ClippedFakeQuantize.apply(x, upper, lower, step, zero_point, self.grid.qmin, self.grid.qmax, factors)
 
     def penalty(self) -> Tensor | None:
         """``penalty * (alpha**2 + lower**2)``, a scalar; None if the factor is 0."""

@@ -15,6 +15,7 @@ from quant.blocks import (
     Buffer,
     add_up,
     difference,
+    equalized,
     inside_gradient,
     level,
     number,
@@ -115,11 +116,12 @@ class _UniformFakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, step, zero_point, grid, gradient_scale, keep_output):
+    def forward(ctx, x, step, zero_point, grid, gradient_scale, keep_output, factors):
         x = dense(x)
         divisor, zero = usable_step(step), usable_zero_point(zero_point, grid)
         ctx.low, ctx.high, ctx.divisor, ctx.scale = grid.qmin - zero, grid.qmax - zero, divisor, gradient_scale
-        y = staircase(x, divisor, ctx.low, ctx.high)
+        ctx.factors = factors
+        y = staircase(x, divisor, ctx.low, ctx.high, factors)
         # The convolution behind keeps a float32 y anyway. One that was shortened would spoil y - x, and what follows an
         # output quantizer may overwrite it: it is then made again.
         keep_output = keep_output and y.dtype is torch.float32 and not kernels.active(x, divisor)
@@ -132,7 +134,7 @@ class _UniformFakeQuantize(torch.autograd.Function):
         x, y, step, zero_point = ctx.saved_tensors
         divisor, affine = ctx.divisor, zero_point is not None
         gradient_x, (by_step, outside) = _uniform_backward(
-            same_layout(gradient, x), x, y, divisor, ctx.low, ctx.high, affine
+            same_layout(gradient, x), x, y, divisor, ctx.low, ctx.high, affine, ctx.factors
         )
         gradient_step = _through_magnitude(by_step / divisor * ctx.scale, step)
         gradient_zero_point = None
@@ -141,7 +143,7 @@ class _UniformFakeQuantize(torch.autograd.Function):
             gradient_zero_point = (
                 moved.reshape(zero_point.shape) if isinstance(moved, Tensor) else torch.full_like(zero_point, moved)
             )
-        return gradient_x, gradient_step, gradient_zero_point, None, None, None
+        return gradient_x, gradient_step, gradient_zero_point, *[None] * 4
 
 
 def _through_magnitude(gradient: Tensor | float, step: Tensor) -> Tensor:
@@ -176,12 +178,14 @@ def _uniform_backward(
     low: Tensor | float,
     high: Tensor | float,
     affine: bool,
+    factors: Tensor | None,
 ) -> tuple[Tensor, Iterator[Tensor | float]]:
     """The gradient of x, and one or R sums: of dL/ds times s, and of the gradient outside the range if ``affine`` (else
     anything)."""
     if kernels.active(x, step):
-        gradient_x, *sums = kernels.run(kernels.uniform_backward, [gradient, x], step, low, high)
+        gradient_x, *sums = kernels.run(kernels.uniform_backward, [gradient, x], step, low, high, factors=factors)
         return gradient_x, (number(value) for value in sums)
+    x = equalized(x, factors)
     gradient_x, buffer, sums = torch.empty_like(x), Buffer(), []
     for divisor, g, values, made, out in pieces_with_step(step, gradient, x, x if y is None else y, gradient_x):
         g, values, inside = g.float(), values.float(), buffer.like(out)
@@ -192,7 +196,7 @@ def _uniform_backward(
         sums.append((by_step, total(g) - total(inside) if affine else by_step))
         if inside is not out:
             out.copy_(inside)
-    return gradient_x, add_up(sums, step.numel() if isinstance(step, Tensor) else 1)
+    return equalized(gradient_x, factors), add_up(sums, step.numel() if isinstance(step, Tensor) else 1)
 
 
 def uniform_fake_quantize(
@@ -202,6 +206,7 @@ def uniform_fake_quantize(
     grid: Grid,
     gradient_scale: float = 1.0,
     keep_output: bool = True,
+    factors: Tensor | None = None,
 ) -> Tensor:
     """Quantizes ``x`` to ``grid`` and back, with LSQ's gradients for ``x``, ``step`` and ``zero_point``.
 
@@ -213,6 +218,7 @@ def uniform_fake_quantize(
         grid: the codes.
         gradient_scale: factor on the gradients of ``step`` and ``zero_point``.
         keep_output: the result serves the backward pass; False where something may write into it (ReLU in place).
+        factors: None, or (C, 1, 1) without a gradient: ``x`` (B, C, H, W) times these is quantized.
 
     Returns:
         A tensor of ``x``'s shape and dtype whose values are ``(code - zero_point) * step``.
@@ -220,5 +226,5 @@ def uniform_fake_quantize(
     if kernels.triton_active(x):
         from quant.triton_uniform import uniform_fake_quantize as launched  # needs Triton, which not every machine has
 
-        return launched(x, step, zero_point, grid.qmin, grid.qmax, gradient_scale)
-    return _UniformFakeQuantize.apply(x, step, zero_point, grid, gradient_scale, keep_output)
+        return launched(equalized(x, factors), step, zero_point, grid.qmin, grid.qmax, gradient_scale)
+    return _UniformFakeQuantize.apply(x, step, zero_point, grid, gradient_scale, keep_output, factors)

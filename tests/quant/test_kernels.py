@@ -71,6 +71,60 @@ def test_activations(compiled, calls, method, scheme, dtype, monkeypatch):
     assert_equal_passes(quantizer, x, upstream, calls, monkeypatch)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels, size", [(5, (41, 83)), (1100, (3, 5)), (7, (1, 1))])
+@pytest.mark.parametrize("method", ["lsq", "pact", "dsq", "n2uq"])
+def test_factors_of_channels_are_multiplied_in_the_kernel(
+    compiled, calls, method, channels, size, layout, dtype, monkeypatch
+):
+    torch.manual_seed(0)
+    x = torch.nn.functional.silu(2 * torch.randn(3, channels, *size)).to(dtype).to(memory_format=layout)
+    upstream = torch.randn(x.shape).to(dtype)
+    quantizer = activation_quantizer(method)
+    quantizer.initialise(x * 0.8)
+    factors = torch.rand(channels, 1, 1) * 1.5 + 0.5
+    product, products_gradient, parameters = one_pass(quantizer, x * factors.to(dtype), upstream)
+    quantizer.add_equalizer(channels)
+    quantizer.inverse_equalizer.copy_(factors)
+    calls.clear()
+    monkeypatch.setattr(quantizer, "equalized", lambda _x: pytest.fail("a pass of its own"))
+    y, gradient, own = one_pass(quantizer, x, upstream)
+    assert len(calls) == 2
+    assert torch.equal(y, product) and torch.equal(gradient, products_gradient * factors.to(dtype))
+    assert all(torch.equal(own[name], parameters[name]) for name in parameters)
+
+
+@pytest.mark.parametrize("method", ["lsq", "pact", "dsq", "n2uq"])
+def test_kernels_that_are_switched_off_on_the_way_back(compiled, method, monkeypatch):
+    torch.manual_seed(0)
+    x, upstream = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    quantizer = activation_quantizer(method)
+    quantizer.initialise(x)
+    quantizer.add_equalizer(3)
+    quantizer.inverse_equalizer.copy_(torch.tensor([0.5, 1.0, 2.0]).reshape(3, 1, 1))
+    _y, gradient, _parameters = one_pass(quantizer, x, upstream)
+    leaf = x.clone().requires_grad_(True)
+    y = quantizer(leaf)
+    monkeypatch.setattr(kernels, "_on", False)
+    y.backward(upstream)
+    torch.testing.assert_close(leaf.grad, gradient)
+
+
+def test_a_derived_method_gets_the_product(compiled):
+    class Doubled(QUANTIZERS["lsq"]):
+        def quantize(self, x):
+            return super().quantize(2 * x)
+
+    quantizer = Doubled.for_activations(4, "affine", Doubled.Options())
+    x = torch.randn(2, 3, 4, 4)
+    quantizer.initialise(x)
+    expected = quantizer(x * 0.5)
+    quantizer.add_equalizer(3)
+    quantizer.inverse_equalizer.fill_(0.5)
+    assert torch.equal(quantizer(x), expected)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("method", ["lsq", "dsq"])
 def test_weights_with_a_step_each(compiled, calls, method, layout, monkeypatch):
