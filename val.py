@@ -429,6 +429,19 @@ def run(options: argparse.Namespace) -> Evaluation | list[Evaluation]:
     return run_file(files, options, spec, size, device)
 
 
+def _compare_names(file: str | Path, trained: Mapping[int, str], data: str | Path, named: Mapping[int, str]) -> None:
+    """Warns where the classes of the weights have other names than the data set's: they are matched by number."""
+    placeholders = {index: (str(index), f"class{index}") for index in trained}  # of networks that were given no names
+    pairs = [(i, name, named[i]) for i, name in trained.items() if i in named and name not in placeholders[i]]
+    other = [pair for pair in pairs if pair[1].casefold() != pair[2].casefold()]
+    if other:
+        index, ours, theirs = other[0]
+        more = f", and {len(other) - 1} others differ" if len(other) > 1 else ""
+        LOGGER.warning(
+            f"WARNING: class {index} is {ours!r} in {file} and {theirs!r} in {data}{more}: they are matched by number"
+        )
+
+
 def run_file(
     files: Sequence[str | Path], options: argparse.Namespace, spec: DatasetSpec, image_size: int, device: torch.device
 ) -> Evaluation:
@@ -440,6 +453,8 @@ def run_file(
         raise UserError(
             f"{file} detects {backend.nc} classes, {options.data} names {len(spec.names)}: give weights trained on it"
         )
+    if not options.single_cls:
+        _compare_names(file, backend.names, options.data, spec.names)
     rect, batch_size = options.task != "speed" and not options.square, options.batch_size
     if backend.fixed_size:
         height, width = backend.fixed_size

@@ -8,7 +8,7 @@ The float row is trained on for as many epochs, with what suits a float network:
 (AdamW, which low bits want, costs it points). The last epoch's averaged weights are measured, so nothing is selected on
 the split that is reported. A training that is done is not done again, one that was interrupted is resumed; rows may be
 added to a grid later, but rows of other settings than the grid's are refused. Results go to accuracy.json in --output
-and to docs/results.md, beside which the JSON is copied.
+and to docs/results.md, or for a grid of your own to results.md in --output; the JSON is copied beside it.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from utils.hyp import load_hyp, phase_hyp  # noqa: E402
 from utils.labels import list_images  # noqa: E402
 from utils.log import LOGGER  # noqa: E402
 
+GRIDS = ROOT / "benchmarks" / "grids"
 START = "start"  # suffix of the folder of a data set's float start
 FLOAT_SGD = {"lr0": 0.002, "momentum": 0.937}  # of the float row: 94.9 / 59.0 where AdamW at 0.001 gave 93.2 / 55.8
 RESULT, COUNTS, LOG = "result.json", "counts.npz", "log.txt"
@@ -402,22 +403,29 @@ def report(file: Path, grid: Grid, output: Path, document: Path) -> list[dict]:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("grid", nargs="?", type=Path, default=ROOT / "benchmarks" / "grids" / "core.yaml")
+    parser.add_argument("grid", nargs="?", type=Path, default=GRIDS / "core.yaml")
     parser.add_argument("--quick", action="store_true", help="the grid quick.yaml")
     parser.add_argument("--output", type=Path, default=None, help="folder of the trainings (default: runs/GRID)")
     parser.add_argument(
         "--jobs", type=int, default=1, help="trainings at a time; each gets its share of the processors"
     )
     parser.add_argument("--report", action="store_true", help="train nothing, write the tables of what is there")
-    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "results.md", help="file that gets the tables")
+    parser.add_argument(
+        "--document",
+        type=Path,
+        default=None,
+        help="file that gets the tables (default: docs/results.md for the project's grids, else in --output)",
+    )
     parser.add_argument("--only", default="", help="one training by its folder's name")
     options = parser.parse_args(arguments)
-    file = ROOT / "benchmarks" / "grids" / "quick.yaml" if options.quick else options.grid
+    file = GRIDS / "quick.yaml" if options.quick else options.grid
     failed = 0
     try:
         grid = read_grid(file.resolve())
         output = (options.output or ROOT / "runs" / file.stem).resolve()
         output.mkdir(parents=True, exist_ok=True)
+        own = file.resolve().parent != GRIDS  # whose name may be that of one of the project's
+        document = options.document or (output / "results.md" if own else ROOT / "docs" / "results.md")
         if options.only:
             chosen = [cell for cell in grid.cells if cell.name == options.only]
             if not chosen:
@@ -426,7 +434,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if not options.report:
             failed = run_all(file.resolve(), grid, output, options.jobs)
-        for entry in report(file, grid, output, options.document.resolve()):
+        for entry in report(file, grid, output, document.resolve()):
             name = " ".join(part for part in (entry["data"], entry["bits"], entry["method"], entry["variant"]) if part)
             LOGGER.info(f"{name:<32}mAP50 {entry['mAP50']:.4f}  {describe(entry['gap'])}")
     except UserError as error:

@@ -179,6 +179,20 @@ def test_command_line(weights, tiny_dataset, tmp_path, capsys):
     assert (tmp_path / "runs" / "exp2").is_dir()
 
 
+def test_classes_of_other_names_are_told(weights, tiny_dataset, tmp_path, capsys):
+    data = yaml.safe_load(tiny_dataset.read_text())
+    names = list(load_dataset_yaml(tiny_dataset).names.values())
+    other = tmp_path / "other.yaml"
+    arguments = ["--weights", str(weights), "--data", str(other), "--imgsz", "64", "--workers", "0", "--noplots"]
+    arguments += ["--project", str(tmp_path / "runs")]
+    for given, expected in (([names[0].upper(), *names[1:]], None), (["gadget", *names[1:]], "gadget")):
+        other.write_text(yaml.safe_dump(data | {"path": str(tiny_dataset.parent), "names": given}))
+        assert val.main(arguments) == 0
+        told = capsys.readouterr().out
+        assert ("are matched by number" in told) == bool(expected)
+        assert expected is None or (f"class 0 is {names[0]!r}" in told and repr(expected) in told)
+
+
 def test_a_study_measures_every_size_into_one_folder(weights, tiny_dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(val, "STUDY_SIZES", (64, 96))
     runs, folder = tmp_path / "runs", tmp_path / "runs" / "exp"

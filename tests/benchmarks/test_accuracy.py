@@ -291,6 +291,14 @@ def test_what_is_done_is_not_done_again(done, modules, capsys):
     assert entries["base"]["gain"] is None and entries["base"]["gap"] is not None and entries["base"]["spread"] is None
 
 
+def test_the_tables_of_a_grid_of_ones_own_go_beside_its_trainings(done, modules):
+    project = Path(modules["accuracy"].ROOT) / "docs" / "results.md"
+    before = project.read_bytes()
+    (done / "core.yaml").write_bytes((done / "grid.yaml").read_bytes())  # the name of one of the project's
+    assert modules["accuracy"].main([str(done / "core.yaml"), "--output", str(done / "out"), "--report"]) == 0
+    assert "## Tiny" in (done / "out" / "results.md").read_text() and project.read_bytes() == before
+
+
 def test_what_is_missing_is_run_in_a_process_of_its_own(done, modules, capsys):
     result = done / "out" / "drawn_lsq_w4a4_base_seed0" / "result.json"
     before = json.loads(result.read_text())
