@@ -7,8 +7,9 @@ Every row starts from the same float network, sees the same images in the same o
 The float row is trained on for as many epochs, with what suits a float network: SGD where the start was trained with it
 (AdamW, which low bits want, costs it points). The last epoch's averaged weights are measured, so nothing is selected on
 the split that is reported. A training that is done is not done again, one that was interrupted is resumed; rows may be
-added to a grid later, but rows of other settings than the grid's are refused. Results go to accuracy.json in --output
-and to docs/results.md, or for a grid of your own to results.md in --output; the JSON is copied beside it.
+added to a grid later, but rows and float starts of other settings than the grid's are refused. Grids that give a data
+set the same name and settings may share an --output, and with it the start and rows. Results go to accuracy_GRID.json
+there and to docs/results.md, or for a grid of your own to results.md in --output; the JSON is copied beside it.
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import sys
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr
 from dataclasses import asdict
 from datetime import date
-from multiprocessing import get_context
+from io import StringIO
+from multiprocessing import active_children, get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Thread
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +44,7 @@ from grid import FLOAT, VARIANTS, Cell, DataSettings, Grid, Variant, read_grid  
 
 import train  # noqa: E402
 import val  # noqa: E402
+from quant.recipe import build_config  # noqa: E402
 from utils.checkpoint import load_checkpoint  # noqa: E402
 from utils.dataset_yaml import find_dataset_yaml, load_dataset_yaml, prepare_dataset  # noqa: E402
 from utils.errors import UserError  # noqa: E402
@@ -49,7 +55,7 @@ from utils.log import LOGGER  # noqa: E402
 GRIDS = ROOT / "benchmarks" / "grids"
 START = "start"  # suffix of the folder of a data set's float start
 FLOAT_SGD = {"lr0": 0.002, "momentum": 0.937}  # of the float row: 94.9 / 59.0 where AdamW at 0.001 gave 93.2 / 55.8
-RESULT, COUNTS, LOG = "result.json", "counts.npz", "log.txt"
+RESULT, SETTINGS, COUNTS, LOG = "result.json", "settings.json", "counts.npz", "log.txt"
 
 
 # --- one training -----------------------------------------------------------------------------------------------------
@@ -101,6 +107,8 @@ def float_start(name: str, grid: Grid, output: Path) -> Path:
     if not settings.float_epochs:
         return Path(settings.weights).expanduser().resolve()
     folder = output / f"{name}_{START}"
+    rows_own = ("split", "epochs")
+    note_settings(folder, {"settings": {k: v for k, v in asdict(settings).items() if k not in rows_own}})
     cell = Cell(name, FLOAT, "", "", 0)
     arguments = [*common_arguments(cell, grid, output, folder, settings.hyp), "--epochs", str(settings.float_epochs)]
     if settings.weights:
@@ -181,8 +189,9 @@ def measure(weights: Path, data: str, settings: DataSettings, folder: Path) -> d
 def run_cell(cell: Cell, grid: Grid, output: Path) -> None:
     """Trains and measures one row and seed unless that has been done."""
     folder = output / cell.name
-    if (folder / RESULT).exists():
+    if read_result(cell, grid, output) is not None:
         return
+    note_settings(folder, conditions(cell, grid))
     begun = any(folder.rglob("last.pt"))
     started = time.perf_counter()
     weights = train_cell(cell, grid, output)
@@ -192,9 +201,14 @@ def run_cell(cell: Cell, grid: Grid, output: Path) -> None:
     values |= {"train_seconds": None if begun else round(seconds)}  # of a resumed one only the rest is known
     values |= {"cell": asdict(cell), **conditions(cell, grid), "date": date.today().isoformat(), "machine": machine()}
     values["quantization"] = load_checkpoint(weights)["quantization"]
-    temporary = folder / f"{RESULT}.part"
-    temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    temporary.replace(folder / RESULT)  # whole or not at all
+    write_json(folder / RESULT, values)
+
+
+def write_json(file: Path, values: dict) -> None:
+    """Writes the whole file or none of it."""
+    temporary = file.with_name(f"{file.name}.part")
+    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(file)
 
 
 def conditions(cell: Cell, grid: Grid) -> dict:
@@ -213,16 +227,35 @@ def read_result(cell: Cell, grid: Grid, output: Path) -> dict | None:
     if not file.exists():
         return None
     result = json.loads(file.read_text(encoding="utf-8"))
-    for part, now in conditions(cell, grid).items():
-        then = result.get(part, {})  # older files have no variant
-        differing = [key for key in then if key in now and then[key] != now[key]]
+    refuse_others(file, result, conditions(cell, grid))
+    return result
+
+
+def note_settings(folder: Path, now: dict[str, dict]) -> None:
+    """Writes down what a training is made with before it begins, so that it is not taken up with anything else.
+
+    Raises:
+        UserError: it was begun with other settings than ``now``.
+    """
+    file = folder / SETTINGS
+    if file.exists() and any(folder.rglob("last.pt")):
+        refuse_others(file, json.loads(file.read_text(encoding="utf-8")), now)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, now)
+
+
+def refuse_others(file: Path, before: dict[str, dict], now: dict[str, dict]) -> None:
+    """Raises a UserError that names the values of ``now`` that differ from those ``before``, which ``file`` holds."""
+    for part, values in now.items():
+        then = before.get(part, {})  # older files have no variant
+        differing = [key for key in then if key in values and then[key] != values[key]]
         if differing:
-            told = ", ".join(f"{key} {then[key]!r}, now {now[key]!r}" for key in differing)
+            told = ", ".join(f"{key} {then[key]!r}, now {values[key]!r}" for key in differing)
             raise UserError(
                 f"{file} was made with other settings than the grid's ({told}). Give another --output, or delete "
                 f"{file.parent}"
             )
-    return result
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
@@ -235,23 +268,55 @@ def run_all(file: Path, grid: Grid, output: Path, jobs: int) -> int:
     epoch.
     """
     missing = [cell for cell in grid.cells if read_result(cell, grid, output) is None]
+    for cell in missing:  # what cannot be trained is said before the float start has taken its hours
+        check_cell(cell, grid, output)
     for name in {cell.data: None for cell in grid.cells}:  # before the rows, which would all train it
         float_start(name, grid, output)
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1)))
     failed = 0
     with ProcessPoolExecutor(jobs, get_context("spawn"), begin, (os.getpid(),)) as pool:
         running = {pool.submit(run_logged, cell, grid, output): cell for cell in missing}
-        for future in as_completed(running):
-            cell = running[future]
-            failed += future.exception() is not None
-            outcome = f"FAILED, see {output / cell.name / LOG}" if future.exception() else "done"
-            LOGGER.info(f"{cell.name}: {outcome}")
+        try:
+            for future in as_completed(running):
+                cell = running[future]
+                failed += future.exception() is not None
+                outcome = f"FAILED, see {output / cell.name / LOG}" if future.exception() else "done"
+                LOGGER.info(f"{cell.name}: {outcome}")
+        except BaseException:  # Ctrl-C: without this the pool would finish all that is left
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.kill()  # a training goes on from its last epoch
+            raise
     return failed
+
+
+def check_cell(cell: Cell, grid: Grid, output: Path) -> None:
+    """Raises a UserError if a row's flags or its recipe are not possible."""
+    if cell.method == FLOAT:
+        return
+    variant, where = grid.variants[cell.variant], f"variant {cell.variant}"
+    said = StringIO()
+    try:
+        with redirect_stderr(said):
+            options = train.parse_arguments(["--quant", cell.method, "--bits", cell.bits, *variant.flags])
+    except SystemExit:
+        raise UserError(f"{where}: flags: {said.getvalue().strip().splitlines()[-1]}") from None
+    with TemporaryDirectory() as folder:
+        recipe = variant.recipe
+        if isinstance(recipe, dict):
+            recipe = Path(folder) / "recipe.yaml"
+            recipe.write_text(yaml.safe_dump(variant.recipe), encoding="utf-8")
+        try:
+            build_config(options.quant, options.bits, options.gabfusion, options.ada, recipe)
+        except UserError as error:
+            told = str(error).replace(f"{folder}{os.sep}", "")
+            raise UserError(f"{where}, {cell.method} {cell.bits}: {told}") from None
 
 
 def begin(parent: int) -> None:
     """What each process does first. It ends with ``parent``: one that was killed left its trainings running."""
     os.chdir(ROOT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too; the parent ends it
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -366,13 +431,13 @@ def part_of(settings: DataSettings) -> str:
 
 
 def report(file: Path, grid: Grid, output: Path, document: Path) -> list[dict]:
-    """Writes accuracy.json and the section of the document; returns the entries."""
+    """Writes accuracy_GRID.json and the section of the document; returns the entries."""
     entries = summarise(gather(grid, output))
     if not entries:
         raise UserError(f"{output} has no finished training of {file}, so there is nothing to report")
     content = {"grid": file.name, "date": date.today().isoformat(), "machine": machine(), "rows": entries}
-    for target in (output / "accuracy.json", document.parent / f"accuracy_{file.stem}.json"):
-        target.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for folder in {output, document.parent}:
+        write_json(folder / f"accuracy_{file.stem}.json", content)
     path = file.resolve()
     given = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
     lines = [f"## {grid.title}", "", f"`python benchmarks/accuracy.py {given}`", ""]
@@ -419,6 +484,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="one training by its folder's name")
     options = parser.parse_args(arguments)
     file = GRIDS / "quick.yaml" if options.quick else options.grid
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: at least one training at a time")
     failed = 0
     try:
         grid = read_grid(file.resolve())
@@ -430,7 +497,9 @@ def main(arguments: list[str] | None = None) -> int:
             chosen = [cell for cell in grid.cells if cell.name == options.only]
             if not chosen:
                 raise UserError(f"--only {options.only}: {file} has no such training")
+            check_cell(chosen[0], grid, output)
             run_cell(chosen[0], grid, output)
+            LOGGER.info(f"{options.only}: done; --report writes the tables")
             return 0
         if not options.report:
             failed = run_all(file.resolve(), grid, output, options.jobs)
@@ -440,6 +509,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         LOGGER.error(f"ERROR: {error}")
         return 1
+    except KeyboardInterrupt:
+        LOGGER.error("Interrupted. The same command goes on where this one stopped")
+        return 130
     return 1 if failed else 0
 
 

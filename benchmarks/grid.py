@@ -8,11 +8,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from quant.recipe import parse_bits
 from quant.registry import QUANTIZERS
 from utils.errors import UserError
+from utils.yaml_file import read_yaml
 
 
 @dataclass(frozen=True)
@@ -125,18 +124,26 @@ def read_grid(file: Path) -> Grid:
     """
     if not file.is_file():
         raise UserError(f"{file}: no such grid file")
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    values = read_yaml(file)
     if not isinstance(values, dict):
         raise UserError(f"{file}: a grid file maps title, data, variants and runs")
     _known(file, "", values, ("title", "data", "variants", "runs"))
     grid = Grid(str(values.get("title", file.stem)))
     for key, cls, into in (("data", DataSettings, grid.data), ("variants", Variant, grid.variants)):
-        for name, settings in (values.get(key) or {}).items():
+        blocks = values.get(key) or {}
+        if not isinstance(blocks, dict) or not all(isinstance(block, (dict, type(None))) for block in blocks.values()):
+            raise UserError(f"{file}: {key}: maps names to settings, see benchmarks/grids/core.yaml")
+        for name, settings in blocks.items():
             _known(file, f"{key}.{name}.", settings or {}, [f.name for f in fields(cls)])
+            if cls is DataSettings:
+                _check_data(f"{file}: data.{name}", settings or {})
             into[str(name)] = cls(**(settings or {}))
     for name, variant in grid.variants.items():
         _check_variant(f"{file}: variants.{name}", variant)
-    for number, block in enumerate(values.get("runs") or [], 1):
+    runs = values.get("runs") or []
+    if not isinstance(runs, list) or not all(isinstance(block, dict) for block in runs):
+        raise UserError(f"{file}: runs: is a list of mappings such as {{method: lsq, bits: w4a4, seed: 0}}")
+    for number, block in enumerate(runs, 1):
         grid.cells += _cells(block, grid, f"{file}: runs: entry {number}")
     grid.cells = list(dict.fromkeys(grid.cells))
     for cell in grid.cells:
@@ -150,6 +157,20 @@ def read_grid(file: Path) -> Grid:
     if not grid.cells:
         raise UserError(f"{file}: runs is empty, there is nothing to train")
     return grid
+
+
+def _check_data(where: str, settings: dict[str, Any]) -> None:
+    if not isinstance(settings.get("yaml"), str):
+        raise UserError(f"{where}.yaml: names the data set's YAML file; every data set needs it")
+    for item in fields(DataSettings):
+        if item.name == "yaml" or item.name not in settings:
+            continue
+        value, kind = settings[item.name], type(item.default)
+        number = kind is float and type(value) in (int, float)
+        if not number and type(value) is not kind:
+            raise UserError(f"{where}.{item.name}: {value!r} is not of the kind of {item.default!r}, its default")
+    if not 0 <= settings.get("holdout", 0.0) < 1:
+        raise UserError(f"{where}.holdout: {settings['holdout']!r} is not a share of the training images, 0 to 1")
 
 
 def _check_variant(where: str, variant: Variant) -> None:
@@ -171,7 +192,8 @@ def _check_variant(where: str, variant: Variant) -> None:
     if len(set(bits)) < len(bits):
         raise UserError(f"{where}.stages: {', '.join(bits)}: each stage needs bits of its own")
     alone = isinstance(variant.recipe, dict) and variant.recipe.get("distillation") is False
-    if bits and ("--gabfusion" in variant.flags or alone):
+    fused = isinstance(variant.recipe, dict) and variant.recipe.get("gabfusion")
+    if bits and ("--gabfusion" in variant.flags or fused or alone):
         raise UserError(
             f"{where}.stages: each stage starts from the weights behind the last one's codes and learns from the float "
             "network, which neither --gabfusion nor distillation: false allows"

@@ -98,7 +98,8 @@ class Quantizer(nn.Module):
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
-        if "quantize" in vars(cls) and "takes_factors" not in vars(cls):
+        owner = next(base for base in cls.__mro__ if "quantize" in vars(base))
+        if "takes_factors" not in vars(owner):
             cls.takes_factors = False  # a method of its own, derived from one of ours
 
     def add_equalizer(self, channels: int) -> None:
@@ -170,7 +171,7 @@ class Quantizer(nn.Module):
         The arithmetic is float32 under autocast too. Its result is shortened to the type of a bfloat16 or float16
         ``x``, as the convolution behind would do.
         """
-        fused = self.takes_factors and self.inverse_equalizer is not None and kernels.native_active(x)
+        fused = self.takes_factors and self.has_factors_for(x) and kernels.native_active(x)
         if not self.enabled or not fused:
             x = self.equalized(x)
         if not self.enabled:
@@ -183,6 +184,11 @@ class Quantizer(nn.Module):
             if self.any_precision:
                 return self.quantize(x)
             return self.quantize(x.float()).to(x.dtype)
+
+    def has_factors_for(self, x: Tensor) -> bool:
+        """Whether there is a factor for each channel of ``x`` (B, C, H, W); broadcasting sees to what is different."""
+        factors = self.inverse_equalizer
+        return factors is not None and x.dim() == 4 and x.shape[1] == factors.numel()
 
     def in_own_scale(self, x: Tensor) -> Tensor:
         """Fake-quantized values of ``x`` (B, C, H, W), as near to it as they come: ``forward``, with factors undone."""

@@ -299,7 +299,9 @@ def quantized_phase(
             trainer._save(checkpoint, name)
         return model, before
     LOGGER.info(f"\nQuantized phase: {counted_epochs(phase.epochs)}, {run.config.method} {run.config.bits_label()}")
-    if trainer.quantized.nodes and run.config.gabfusion.fold != "keep":
+    fusion = run.config.gabfusion
+    faded = fusion.fold != "keep" and fusion.balance != "backward" and fusion.release > 0
+    if trainer.quantized.nodes and faded:
         LOGGER.info(f"{NORMALISED}: GABFusion still normalises, the network is not yet one for {BEST}.pt")
     trainer.fit()
     best = best_model(run, phase)

@@ -2,9 +2,12 @@
 
 import importlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +80,13 @@ def test_runs_are_a_product_in_the_written_order_without_repeats(modules, tmp_pa
         ({"variants": {"a": {"flags": "--ada"}}}, ["variants.a.flags", "'--ada' is not what belongs here"]),
         ({"runs": [{"method": "lsq", "bits": "3"}]}, ["entry 1", "write them as in w4a8"]),
         ({"runs": [{"method": "lsq", "seed": "a"}]}, ["entry 1", "seed", "whole number"]),
+        ({"runs": {"method": "lsq"}}, ["runs", "list of mappings"]),
+        ({"runs": ["lsq"]}, ["runs", "list of mappings"]),
+        ({"data": ["pcb"]}, ["data", "maps names to settings"]),
+        ({"data": {"pcb": {"epochs": 3}}}, ["data.pcb.yaml", "every data set needs it"]),
+        ({"data": {"pcb": {"yaml": "a.yaml", "image_size": "big"}}}, ["data.pcb.image_size", "'big'"]),
+        ({"data": {"pcb": {"yaml": "a.yaml", "cosine": 1}}}, ["data.pcb.cosine", "False, its default"]),
+        ({"data": {"pcb": {"yaml": "a.yaml", "holdout": 2}}}, ["data.pcb.holdout", "share"]),
     ],
 )
 def test_a_wrong_grid_is_named(values, words, modules, tmp_path):
@@ -92,11 +102,13 @@ def test_a_grid_may_have_variants_of_its_own(modules, tmp_path):
     assert grid.variants["slow"].hyp == {"quant_lr0": 0.001}
 
 
-@pytest.mark.parametrize("name", ["core", "quick", "ablation", "around", "cells", "bifpn", "long", "recipe"])
+@pytest.mark.parametrize(
+    "name", ["core", "quick", "ablation", "around", "cells", "bifpn", "long", "recipe", "shapes", "options"]
+)
 def test_the_grids_that_come_along_are_sound(name, modules):
     grid = modules["grid"].read_grid(BENCHMARKS / "grids" / f"{name}.yaml")
     methods = {cell.method for cell in grid.cells}
-    few = {"ablation", "bifpn", "recipe"}
+    few = {"ablation", "bifpn", "recipe", "options"}
     assert methods == ({"float", "lsq"} if name in few else {"float", "lsq", "pact", "dsq", "n2uq"})
     core = {(c.method, c.bits, c.variant, c.seed) for c in grid.cells}
     if name == "core":
@@ -266,6 +278,48 @@ def test_results_of_other_settings_are_refused_and_named(done, modules, capsys):
     assert modules["accuracy"].main(arguments) == 1
     assert "hyp {'quant_lr0': 0.0005}, now {'quant_lr0': 0.001}" in capsys.readouterr().out
     assert not (done / "changed.md").exists()
+    assert modules["accuracy"].main([*arguments, "--only", "drawn_lsq_w4a4_slow_seed0"]) == 1
+    assert "now {'quant_lr0': 0.001}" in capsys.readouterr().out
+
+
+def test_what_was_begun_with_other_settings_is_not_taken_up(done, modules, capsys, tmp_path):
+    """A row that was interrupted, and the float start that new rows would begin with."""
+    out = tmp_path / "out"
+    shutil.copytree(done / "out", out)
+    row = out / "drawn_lsq_w4a4_base_seed0"
+    (row / "result.json").unlink()
+    values = yaml.safe_load((done / "grid.yaml").read_text())
+    for key, value, told in (("epochs", 2, "epochs 1, now 2"), ("float_epochs", 2, "float_epochs 1, now 2")):
+        changed = yaml.safe_load((done / "grid.yaml").read_text())
+        changed["data"]["drawn"][key] = value
+        changed["runs"] = [{"method": "lsq", "seed": 0 if key == "epochs" else 5}]
+        (tmp_path / "changed.yaml").write_text(yaml.safe_dump(changed))
+        name = f"drawn_lsq_w4a4_base_seed{changed['runs'][0]['seed']}"
+        assert modules["accuracy"].main([str(tmp_path / "changed.yaml"), "--output", str(out), "--only", name]) == 1
+        assert told in capsys.readouterr().out and not (out / name / "result.json").exists()
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(values))
+    arguments = [str(tmp_path / "grid.yaml"), "--output", str(out)]
+    assert modules["accuracy"].main([*arguments, "--only", row.name]) == 0 and (row / "result.json").exists()
+
+
+def test_ctrl_c_ends_everything_and_the_same_command_goes_on(tiny_grid, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "benchmarks/accuracy.py", str(tiny_grid / "grid.yaml"), "--output", str(out)]
+    root = BENCHMARKS.parent
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    limit = time.monotonic() + 120
+    while not list(out.glob("drawn_float_seed0/weights")) and time.monotonic() < limit:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the pool's processes too
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "goes on where" in told and "Traceback" not in told
+    assert not list(out.glob("*/result.json"))
+    with pytest.raises(ProcessLookupError):  # nobody is left, if not at once
+        while time.monotonic() < limit + 30:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and len(list(out.glob("*/result.json"))) == 3
 
 
 def test_a_report_of_nothing_leaves_the_document_alone(done, modules, capsys):
@@ -283,7 +337,7 @@ def test_what_is_done_is_not_done_again(done, modules, capsys):
     assert files == {p: p.stat().st_mtime_ns for p in (done / "out").rglob("last.pt")}
     text = (done / "results.md").read_text()
     assert "## Tiny" in text and "w4a4 lsq slow" in text and "Not yet run" not in text
-    entries = {e["variant"]: e for e in json.loads((done / "out" / "accuracy.json").read_text())["rows"]}
+    entries = {e["variant"]: e for e in json.loads((done / "out" / "accuracy_grid.json").read_text())["rows"]}
     result = json.loads((done / "out" / "drawn_lsq_w4a4_slow_seed0" / "result.json").read_text())
     base = json.loads((done / "out" / "drawn_lsq_w4a4_base_seed0" / "result.json").read_text())
     assert entries["slow"]["mAP50"] == result["mAP50"] and entries["slow"]["minutes"] == result["train_seconds"] / 60
@@ -312,14 +366,32 @@ def test_what_is_missing_is_run_in_a_process_of_its_own(done, modules, capsys):
 
 def test_a_training_that_fails_is_named_and_the_others_go_on(done, modules, capsys):
     values = yaml.safe_load((done / "grid.yaml").read_text())
-    values["variants"]["wrong"] = {"recipe": {"weight": {"bits": 11}}}
+    values["variants"]["wrong"] = {"hyp": {"quant_lr0": -1.0}}
     values["runs"].insert(0, {"method": "lsq", "variant": "wrong"})
     (done / "wrong.yaml").write_text(yaml.safe_dump(values))
     arguments = ["--output", str(done / "out"), "--document", str(done / "results.md")]
     assert modules["accuracy"].main([str(done / "wrong.yaml"), *arguments]) == 1
     assert "drawn_lsq_w4a4_wrong_seed0: FAILED" in capsys.readouterr().out
     log = (done / "out" / "drawn_lsq_w4a4_wrong_seed0" / "log.txt").read_text()
-    assert "weight.bits" in log and "Traceback" not in log
+    assert "quant_lr0" in log and "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    "variant, told",
+    [
+        ({"recipe": {"weight": {"bits": 11}}}, ["variant wrong, lsq w4a4", "recipe.yaml", "weight.bits"]),
+        ({"flags": ["--gabfusoin"]}, ["variant wrong", "flags", "--gabfusoin"]),
+        ({"recipe": "no-such-recipe"}, ["variant wrong", "no-such-recipe"]),
+    ],
+)
+def test_what_cannot_be_trained_is_said_before_the_float_start(tiny_grid, modules, capsys, variant, told, tmp_path):
+    values = yaml.safe_load((tiny_grid / "grid.yaml").read_text())
+    values |= {"variants": {"wrong": variant}, "runs": [{"method": "lsq", "variant": "wrong"}]}
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(values))
+    for more in ([], ["--only", "drawn_lsq_w4a4_wrong_seed0"]):
+        assert modules["accuracy"].main([str(tmp_path / "wrong.yaml"), "--output", str(tmp_path / "out"), *more]) == 1
+        out = capsys.readouterr().out
+        assert all(word in out for word in told) and not any((tmp_path / "out").rglob("last.pt"))
 
 
 def test_an_unknown_training_is_refused(done, modules, capsys):

@@ -125,6 +125,33 @@ def test_a_derived_method_gets_the_product(compiled):
     assert torch.equal(quantizer(x), expected)
 
 
+def test_a_derived_method_may_come_from_beside(compiled):
+    class Beside:
+        def quantize(self, x):
+            return 2 * x
+
+    class Mixed(Beside, QUANTIZERS["lsq"]):
+        pass
+
+    quantizer = Mixed.for_activations(4, "affine", Mixed.Options())
+    quantizer.add_equalizer(3)
+    quantizer.inverse_equalizer.fill_(0.5)
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(quantizer(x), x)
+
+
+@pytest.mark.parametrize("method", ["lsq", "pact", "dsq", "n2uq"])
+def test_factors_of_one_image_without_a_batch(compiled, method):
+    quantizer = activation_quantizer(method)
+    x = torch.randn(1, 3, 4, 5)
+    quantizer.initialise(x)
+    quantizer.add_equalizer(3)
+    quantizer.inverse_equalizer.copy_(torch.tensor([0.5, 1.0, 2.0]).reshape(3, 1, 1))
+    assert torch.equal(quantizer(x[0]), quantizer(x)[0])
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        quantizer(torch.randn(1, 6, 4, 5))
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("method", ["lsq", "dsq"])
 def test_weights_with_a_step_each(compiled, calls, method, layout, monkeypatch):
