@@ -436,7 +436,7 @@ def _compare_names(file: str | Path, trained: Mapping[int, str], data: str | Pat
     other = [pair for pair in pairs if pair[1].casefold() != pair[2].casefold()]
     if other:
         index, ours, theirs = other[0]
-        more = f", and {len(other) - 1} others differ" if len(other) > 1 else ""
+        more = f", and {len(other) - 1} more" if len(other) > 1 else ""
         LOGGER.warning(
             f"WARNING: class {index} is {ours!r} in {file} and {theirs!r} in {data}{more}: they are matched by number"
         )

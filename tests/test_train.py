@@ -122,6 +122,15 @@ def test_float_start_is_used_as_it_is_when_the_classes_fit(both_phases, data, tm
     assert all(torch.equal(checkpoint["ema"][key], float_state[key]) for key in kept)  # calibrated only
 
 
+@pytest.mark.parametrize("fusion", ["learnable", "backward", {"enabled": True, "ramp": 0, "hold": 0, "release": 0}])
+def test_only_a_normalisation_that_is_there_is_told_of(fusion, both_phases, data, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"gabfusion": fusion, "distillation": False}))
+    start = ["--weights", str(both_phases / "weights" / "float_best.pt"), "--data", data, "--epochs", "1"]
+    run(tmp_path, "f", *start, "--quant", "lsq", "--recipe", str(recipe))
+    assert ("GABFusion still normalises" in capsys.readouterr().out) == (fusion == "learnable")
+
+
 @pytest.mark.parametrize("fold_mode, balance", [("finetune", "learnable"), ("keep", "feedback"), ("finetune", "fixed")])
 def test_other_ways_of_folding(fold_mode, balance, both_phases, data, tmp_path):
     recipe = tmp_path / "recipe.yaml"
