@@ -445,8 +445,9 @@ def report(file: Path, grid: Grid, output: Path, document: Path) -> list[dict]:
     lines += [
         f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {content['machine']}. Points of mAP50, mean over seeds; "
         f"spread: standard deviation over seeds. Brackets: 95 % of {RESAMPLES} bootstrap resamples of images and seeds "
-        "together, paired between the rows that are compared (two seeds understate their share). Last epoch's averaged "
-        "weights, nothing selected. Minutes of training: with as many trainings beside it as were run at a time.",
+        "together, paired between the rows that are compared (of one seed they hold the images alone, of two too "
+        "little of the seeds). Last epoch's averaged weights, nothing selected. Minutes of training: with as many "
+        "trainings beside it as were run at a time.",
         "",
     ]
     for name in {entry["data"]: None for entry in entries}:
