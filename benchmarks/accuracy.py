@@ -214,6 +214,7 @@ def write_json(file: Path, values: dict) -> None:
 def conditions(cell: Cell, grid: Grid) -> dict:
     """What has to be the same for a result to be this grid's."""
     variant = {} if cell.method == FLOAT else asdict(grid.variants[cell.variant])
+    variant.pop("against", None)  # what it is compared with says nothing of how it was made
     return {"settings": asdict(grid.data[cell.data]), "variant": variant}
 
 
@@ -384,7 +385,7 @@ def difference(row: dict, reference: dict | None) -> dict[str, float] | None:
     return {"points": float(values[0]), "low": low, "high": high, "seeds": len(shared)}
 
 
-def summarise(rows: dict[tuple[str, str, str, str], dict]) -> list[dict]:
+def summarise(rows: dict[tuple[str, str, str, str], dict], grid: Grid) -> list[dict]:
     """One plain dict a row: means, spread, gap to float, gain over the equal baseline."""
     found = []
     for (data, method, bits, variant), row in rows.items():
@@ -398,7 +399,9 @@ def summarise(rows: dict[tuple[str, str, str, str], dict]) -> list[dict]:
         kept = ("mAP50", "mAP75", "mAP", "matched", "IoU", "train_seconds", "date")
         entry["by_seed"] = {str(run["cell"]["seed"]): {key: run[key] for key in kept} for run in runs}
         entry["gap"] = difference(row, rows.get((data, FLOAT, "", ""))) if method != FLOAT else None
-        entry["gain"] = difference(row, rows.get((data, method, bits, "base"))) if variant not in ("", "base") else None
+        against = grid.variants[variant].against if variant else ""
+        entry["against"] = against
+        entry["gain"] = difference(row, rows.get((data, method, bits, against))) if variant != against else None
         found.append(entry)
     return found
 
@@ -413,7 +416,8 @@ def table(entries: list[dict]) -> list[str]:
         name = " ".join(part for part in (entry["bits"], entry["method"], entry["variant"]) if part)
         spread = "" if entry["spread"] is None else f"{100 * entry['spread']:.1f}"
         cells = [name, str(entry["seeds"]), f"{100 * entry['mAP50']:.1f}", spread]
-        cells += [describe(entry["gap"]), describe(entry["gain"])]
+        over = f" over {entry['against']}" if entry["gain"] and entry["against"] != "base" else ""
+        cells += [describe(entry["gap"]), describe(entry["gain"]) + over]
         cells += [f"{100 * entry[key]:.1f}" for key in ("mAP75", "mAP", "matched")]
         minutes = "" if entry["minutes"] is None else f"{entry['minutes']:.1f}"
         lines.append("| " + " | ".join([*cells, f"{entry['IoU']:.4f}", minutes]) + " |")
@@ -432,7 +436,7 @@ def part_of(settings: DataSettings) -> str:
 
 def report(file: Path, grid: Grid, output: Path, document: Path) -> list[dict]:
     """Writes accuracy_GRID.json and the section of the document; returns the entries."""
-    entries = summarise(gather(grid, output))
+    entries = summarise(gather(grid, output), grid)
     if not entries:
         raise UserError(f"{output} has no finished training of {file}, so there is nothing to report")
     content = {"grid": file.name, "date": date.today().isoformat(), "machine": machine(), "rows": entries}

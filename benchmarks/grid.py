@@ -24,12 +24,14 @@ class Variant:
         hyp: hyperparameters that differ from the data set's.
         stages: pairs [bits, epochs] that are trained with first, each stage from the one before; they come off the
             row's epochs (progressive bits). The recipe has to learn from the float network.
+        against: the variant that its gain is over.
     """
 
     flags: list[str] = field(default_factory=list)
     recipe: dict[str, Any] | str | None = None
     hyp: dict[str, float] = field(default_factory=dict)
     stages: list[list] = field(default_factory=list)
+    against: str = "base"
 
 
 # Those that every grid has; a grid's `variants` add others.
@@ -140,6 +142,9 @@ def read_grid(file: Path) -> Grid:
             into[str(name)] = cls(**(settings or {}))
     for name, variant in grid.variants.items():
         _check_variant(f"{file}: variants.{name}", variant)
+        if variant.against not in grid.variants:
+            known = ", ".join(grid.variants)
+            raise UserError(f"{file}: variants.{name}.against: {variant.against!r} is no variant; known here: {known}")
     runs = values.get("runs") or []
     if not isinstance(runs, list) or not all(isinstance(block, dict) for block in runs):
         raise UserError(f"{file}: runs: is a list of mappings such as {{method: lsq, bits: w4a4, seed: 0}}")

@@ -69,6 +69,7 @@ def test_runs_are_a_product_in_the_written_order_without_repeats(modules, tmp_pa
             {"variants": {"a": {"stages": [["w6a6", 2], ["w4a4", 2]]}}, "runs": [{"method": "lsq", "variant": "a"}]},
             ["variants.a.stages", "4 epochs leave none of pcb's 4"],
         ),
+        ({"variants": {"a": {"against": "b"}}}, ["variants.a.against", "'b' is no variant", "gabfusion"]),
         ({"variants": {"a": {"stages": [["w9a9", 1]]}}}, ["grid.yaml: variants.a.stages", "9 is not possible"]),
         *(
             ({"variants": {"a": {"stages": wrong}}}, ["variants.a.stages", "pair of bits and epochs"])
@@ -103,12 +104,12 @@ def test_a_grid_may_have_variants_of_its_own(modules, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["core", "quick", "ablation", "around", "cells", "bifpn", "long", "recipe", "shapes", "options"]
+    "name", ["core", "quick", "ablation", "around", "cells", "bifpn", "long", "recipe", "shapes", "options", "alone"]
 )
 def test_the_grids_that_come_along_are_sound(name, modules):
     grid = modules["grid"].read_grid(BENCHMARKS / "grids" / f"{name}.yaml")
     methods = {cell.method for cell in grid.cells}
-    few = {"ablation", "bifpn", "recipe", "options"}
+    few = {"ablation", "bifpn", "recipe", "options", "alone"}
     assert methods == ({"float", "lsq"} if name in few else {"float", "lsq", "pact", "dsq", "n2uq"})
     core = {(c.method, c.bits, c.variant, c.seed) for c in grid.cells}
     if name == "core":
@@ -180,6 +181,21 @@ def test_the_interval_of_a_mean_over_seeds_has_the_width_that_theory_gives(modul
     assert means[1:].std() == pytest.approx(np.sqrt(1.25 / 4), rel=0.05)
     low, high = bootstrap.interval(means)
     assert low == pytest.approx(4.0, abs=0.3) and high == pytest.approx(6.0, abs=0.3)
+
+
+def test_a_gain_is_over_the_variant_that_a_grid_names(modules, tmp_path):
+    variants = {"alone": {"recipe": {"distillation": False}}, "more": {"flags": ["--ada"], "against": "alone"}}
+    grid = grid_of(modules, tmp_path, variants=variants, runs=[{"method": "lsq"}])
+    kept = dict.fromkeys(("mAP75", "mAP", "matched", "IoU", "train_seconds"), 0.5) | {"date": "today"}
+    rows = {}
+    for variant, value in {"base": 0.8, "alone": 0.5, "more": 0.6, "both": 0.7}.items():
+        runs = [{"mAP50": value, "cell": {"seed": 0}, **kept}]
+        rows["pcb", "lsq", "w4a4", variant] = {"runs": runs, "resampled": np.full((1, 5, 2), value)}
+    gains = {e["variant"]: e["gain"] and e["gain"]["points"] for e in modules["accuracy"].summarise(rows, grid)}
+    assert gains["base"] is None
+    assert [gains[name] for name in ("alone", "more", "both")] == pytest.approx([-30, 10, -10])
+    lines = modules["accuracy"].table(modules["accuracy"].summarise(rows, grid))
+    assert any("+10.0 [+10.0, +10.0] over alone" in line for line in lines)
 
 
 # --- a grid that is run -----------------------------------------------------------------------------------------------
