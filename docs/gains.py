@@ -57,7 +57,9 @@ def draw(gains: list[tuple[str, str, dict]], file: Path) -> None:
     axes.axvline(PAPER, color="grey", linestyle="--", linewidth=0.8, label="the paper's average on PASCAL VOC")
     axes.set_yticks(range(len(lines)), lines, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("points of mAP50 against the same training without; 95 % intervals over images and seeds", fontsize=8)
+    axes.set_xlabel(
+        "points of mAP50 against the same training without; 95 % intervals over images and seeds", fontsize=8
+    )
     axes.grid(axis="x", alpha=0.3)
     figure.legend(fontsize=8, loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(file, metadata={"Date": None})

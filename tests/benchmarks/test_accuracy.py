@@ -322,7 +322,9 @@ def test_ctrl_c_ends_everything_and_the_same_command_goes_on(tiny_grid, tmp_path
     out = tmp_path / "out"
     command = [sys.executable, "benchmarks/accuracy.py", str(tiny_grid / "grid.yaml"), "--output", str(out)]
     root = BENCHMARKS.parent
-    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    # A shell's background jobs, of which pytest may be one, ignore the signal and hand that on.
+    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "start_new_session": True}
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, **heeds)
     limit = time.monotonic() + 120
     while not list(out.glob("drawn_float_seed0/weights")) and time.monotonic() < limit:
         time.sleep(0.05)
