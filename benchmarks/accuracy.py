@@ -270,7 +270,7 @@ def run_all(file: Path, grid: Grid, output: Path, jobs: int) -> int:
     """
     missing = [cell for cell in grid.cells if read_result(cell, grid, output) is None]
     for cell in missing:  # what cannot be trained is said before the float start has taken its hours
-        check_cell(cell, grid, output)
+        check_cell(cell, grid)
     for name in {cell.data: None for cell in grid.cells}:  # before the rows, which would all train it
         float_start(name, grid, output)
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1)))
@@ -291,27 +291,21 @@ def run_all(file: Path, grid: Grid, output: Path, jobs: int) -> int:
     return failed
 
 
-def check_cell(cell: Cell, grid: Grid, output: Path) -> None:
+def check_cell(cell: Cell, grid: Grid) -> None:
     """Raises a UserError if a row's flags or its recipe are not possible."""
     if cell.method == FLOAT:
         return
-    variant, where = grid.variants[cell.variant], f"variant {cell.variant}"
-    said = StringIO()
-    try:
-        with redirect_stderr(said):
-            options = train.parse_arguments(["--quant", cell.method, "--bits", cell.bits, *variant.flags])
-    except SystemExit:
-        raise UserError(f"{where}: flags: {said.getvalue().strip().splitlines()[-1]}") from None
+    where, said = f"variant {cell.variant}, {cell.method} {cell.bits}", StringIO()
     with TemporaryDirectory() as folder:
-        recipe = variant.recipe
-        if isinstance(recipe, dict):
-            recipe = Path(folder) / "recipe.yaml"
-            recipe.write_text(yaml.safe_dump(variant.recipe), encoding="utf-8")
+        flags = quantization_arguments(cell, grid.variants[cell.variant], Path(folder))
         try:
-            build_config(options.quant, options.bits, options.gabfusion, options.ada, recipe)
+            with redirect_stderr(said):
+                given = train.parse_arguments([*flags, "--bits", cell.bits])
+            build_config(given.quant, given.bits, given.gabfusion, given.ada, given.recipe)
+        except SystemExit:
+            raise UserError(f"{where}: flags: {said.getvalue().strip().splitlines()[-1]}") from None
         except UserError as error:
-            told = str(error).replace(f"{folder}{os.sep}", "")
-            raise UserError(f"{where}, {cell.method} {cell.bits}: {told}") from None
+            raise UserError(f"{where}: {str(error).replace(f'{folder}{os.sep}', '')}") from None
 
 
 def begin(parent: int) -> None:
@@ -502,7 +496,7 @@ def main(arguments: list[str] | None = None) -> int:
             chosen = [cell for cell in grid.cells if cell.name == options.only]
             if not chosen:
                 raise UserError(f"--only {options.only}: {file} has no such training")
-            check_cell(chosen[0], grid, output)
+            check_cell(chosen[0], grid)
             run_cell(chosen[0], grid, output)
             LOGGER.info(f"{options.only}: done; --report writes the tables")
             return 0
